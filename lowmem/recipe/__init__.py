@@ -1,0 +1,1 @@
+"""Recipes: strict nested YAML to frozen dataclasses. Pure data; nothing here imports torch."""
