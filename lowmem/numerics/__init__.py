@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: the arithmetic every rule shares. Imports torch only."""

@@ -1,0 +1,80 @@
+"""Work on large tensors a few megabytes at a time.
+
+A bfloat16 matrix of 4096 x 11008 is 86 MiB and its float32 copy 172 MiB. The functions here convert
+a slice, use it, and drop it, so the temporary memory of a step does not grow with the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+TILE_NUMEL = 1 << 21
+"""Elements in one slice: 8 MiB as float32."""
+
+
+def flat_slices(numel: int) -> Iterator[slice]:
+    """Cut `numel` elements into slices of at most `TILE_NUMEL`."""
+    for start in range(0, numel, TILE_NUMEL):
+        yield slice(start, min(start + TILE_NUMEL, numel))
+
+
+def row_slices(shape: torch.Size | tuple[int, ...]) -> Iterator[slice]:
+    """Cut the rows of a (rows, columns) matrix so that a slice holds about `TILE_NUMEL` elements."""
+    rows, columns = shape
+    step = max(1, TILE_NUMEL // max(1, columns))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def matmul_fp32(
+    G: Tensor,  # (m, n)  any float dtype
+    X: Tensor,  # (n, k)  float32
+) -> Tensor:  # (m, k)  float32
+    """G X with float32 products and sums, converting G slice by slice."""
+    if G.dtype == torch.float32:
+        return G @ X
+    out = torch.empty(G.shape[0], X.shape[1], device=G.device, dtype=torch.float32)
+    for rows in row_slices(G.shape):
+        torch.mm(G[rows].float(), X, out=out[rows])
+    return out
+
+
+def matmul_transposed_fp32(
+    G: Tensor,  # (m, n)  any float dtype
+    Y: Tensor,  # (m, k)  float32
+) -> Tensor:  # (k, n)  float32
+    """Y^T G with float32 products and sums, converting G slice by slice."""
+    if G.dtype == torch.float32:
+        return Y.mT @ G
+    out = torch.zeros(Y.shape[1], G.shape[1], device=G.device, dtype=torch.float32)
+    for rows in row_slices(G.shape):
+        out.addmm_(Y[rows].mT, G[rows].float())
+    return out
+
+
+def sum_and_squares(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the entries of `x` and of their squares, as float64 scalars on its device."""
+    flat = x.reshape(-1)
+    total = torch.zeros((), device=x.device, dtype=torch.float64)
+    squares = torch.zeros((), device=x.device, dtype=torch.float64)
+    for part in flat_slices(flat.numel()):
+        piece = flat[part].double() if flat.dtype == torch.float64 else flat[part].float()
+        total += piece.sum(dtype=torch.float64)
+        squares += piece.double().square_().sum() if piece.numel() < 4096 else _squares(piece)
+    return total, squares
+
+
+def _squares(piece: Tensor) -> Tensor:
+    """Sum of squares of a slice; scaled by its largest entry so that float32 neither over- nor underflows."""
+    largest = torch.linalg.vector_norm(piece, ord=float("inf"))
+    scale = torch.where(largest > 0, largest, torch.ones_like(largest))
+    return torch.linalg.vector_norm(piece / scale).double().square() * scale.double().square()
+
+
+def largest_magnitude(x: Tensor) -> Tensor:
+    """max |x| as a scalar tensor, without a copy of `x`. NaN where x holds a NaN."""
+    low, high = torch.aminmax(x)
+    return torch.maximum(low.abs(), high.abs())

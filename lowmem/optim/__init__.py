@@ -1,0 +1,19 @@
+"""Memory-efficient optimizers in the style of `torch.optim`. Needs torch only.
+
+    optimizer = lowmem.optim.GaLore(model.parameters(), lr=1e-4, rank=128)
+    optimizer = lowmem.build_optimizer(model, "galore", lr=1e-4, rank=128)    # picks the matrices by module
+
+Read in this order: rule.py (the contract), rules/adam.py, low_rank.py, engine.py, algorithms/galore.py.
+"""
+
+from __future__ import annotations
+
+from lowmem.optim.algorithms.adamw import AdamW
+from lowmem.optim.algorithms.galore import GaLore
+from lowmem.optim.algorithms.sgd import SGD
+from lowmem.optim.algorithms.sgd_sai import SGDSaI
+from lowmem.optim.build import build_optimizer
+from lowmem.optim.engine import LowMemOptimizer
+from lowmem.optim.registry import OPTIMIZERS
+
+__all__ = ["OPTIMIZERS", "SGD", "AdamW", "GaLore", "LowMemOptimizer", "SGDSaI", "build_optimizer"]

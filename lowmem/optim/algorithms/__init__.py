@@ -1,0 +1,1 @@
+"""One file, one paper: the docstring says what it is, the body composes it from shared pieces."""

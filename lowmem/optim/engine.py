@@ -1,0 +1,244 @@
+"""The one optimizer engine. Every algorithm is a `LowMemOptimizer` that differs only in its rule.
+
+A step of one parameter reads: load -> refresh? -> update -> save -> write back. `step()` loops over
+`step_param`, and a backward hook may call the same function, so both make the same bits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lowmem.numerics.seeding import seeded_generator
+from lowmem.numerics.tiles import flat_slices
+from lowmem.optim import registry
+from lowmem.optim.rule import Context, Factors, Rule, Shape
+from lowmem.optim.settings import did_you_mean, settings_of
+from lowmem.optim.storage import WHOLE, Float, LoadedState, storage_for
+from lowmem.optim.torch_kernels import step_with_torch_
+from lowmem.optim.writeback import write_dense_, write_factors_
+
+log = logging.getLogger("lowmem")
+
+_FOREIGN_KEYS = {"params", "param_names", "algorithm", "name", "swa_lr"}
+_SHARED_SETTINGS = ("lr", "weight_decay", "rounding", "seed")
+_SCHEDULER_KEYS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
+
+
+class LowMemOptimizer(torch.optim.Optimizer):
+    """Base of every optimizer here; use a subclass, or `build_optimizer`.
+
+    A param group holds numbers and strings only: the settings of its algorithm, which may be another
+    than the optimizer's own (`group["algorithm"]`), so that embeddings can have their own rule.
+    `state[param]` holds tensors only, under torch's names, plus `step`, the number of updates.
+
+    Raises ValueError at construction for a setting out of range, an unknown setting, a sparse or
+    complex parameter.
+    """
+
+    algorithm: ClassVar[str]
+    """The name in the registry."""
+
+    treats_matrices: ClassVar[bool] = False
+    """Whether `build_optimizer` gives it the linear layers only and the rest to the fallback."""
+
+    def __init__(self, params: Iterable[Any], settings: dict[str, Any]):
+        self._forget()
+        super().__init__(params, dict(settings))
+
+    @staticmethod
+    def rule(group: dict[str, Any], shape: Shape) -> Rule:
+        """The rule for a parameter of `shape` under the group's settings."""
+        raise NotImplementedError("LowMemOptimizer is abstract: use a subclass from lowmem.optim")
+
+    @staticmethod
+    def remark(group: dict[str, Any], shape: Shape) -> str | None:
+        """What a user should know about how a parameter of `shape` is treated, or None."""
+        return None
+
+    # ---------------------------------------------------------------- groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, but settings are checked and an unknown one is an error."""
+        owner = registry.optimizer_class(param_group.get("algorithm", self.algorithm))
+        settings = settings_of(owner)
+        for name in param_group:
+            if name not in settings and name not in _FOREIGN_KEYS | _SCHEDULER_KEYS:
+                raise ValueError(
+                    f"{owner.algorithm} has no setting {name!r}{did_you_mean(name, settings)}. "
+                    f"Settings: {', '.join(settings)}"
+                )
+        filled = {**self._defaults_for(owner), "algorithm": owner.algorithm, **param_group}
+        for name, setting in settings.items():
+            value = filled[name]
+            if name == "lr" and isinstance(value, Tensor) and value.numel() == 1:
+                value = value.item()
+            if problem := setting.problem(value):
+                raise ValueError(f"{owner.algorithm}: {name} {problem}")
+        super().add_param_group(filled)
+        for name in set(filled) - set(settings) - _FOREIGN_KEYS - _SCHEDULER_KEYS:
+            del filled[name]  # torch fills in the defaults of the optimizer's own algorithm
+        self._check_params(owner, filled)
+        owner.settle_groups(self.param_groups)
+
+    def _defaults_for(self, owner: type[LowMemOptimizer]) -> dict[str, Any]:
+        """A group's settings before its own: the optimizer's where they share the algorithm, else that one's."""
+        shared = settings_of(owner) if owner.algorithm == self.algorithm else _SHARED_SETTINGS
+        own = {name: setting.default for name, setting in settings_of(owner).items()}
+        return {**own, **{name: self.defaults[name] for name in shared}}
+
+    @staticmethod
+    def settle_groups(groups: list[dict[str, Any]]) -> None:
+        """Derive what depends on all parameters at once; called after each added group."""
+
+    def _check_params(self, owner: type[LowMemOptimizer], group: dict[str, Any]) -> None:
+        remarks: dict[str, int] = {}
+        for param in group["params"]:
+            if param.is_complex() or not param.is_floating_point():
+                raise ValueError(f"{owner.algorithm} needs real floating-point parameters, found {param.dtype}")
+            owner.rule(group, tuple(param.shape))
+            if (remark := owner.remark(group, tuple(param.shape))) is not None:
+                remarks[remark] = remarks.get(remark, 0) + 1
+        for remark, count in remarks.items():
+            log.warning("%s: %s (%d of %d parameters)", owner.algorithm, remark, count, len(group["params"]))
+
+    # ---------------------------------------------------------------- stepping
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient. `closure` is evaluated once, with gradients on."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.step_param(param, group)
+        return loss
+
+    @torch.no_grad()
+    def step_param(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Update one parameter from its `.grad`; does nothing where there is none."""
+        grad = param.grad
+        if grad is None or param.numel() == 0:
+            return
+        if grad.is_sparse:
+            raise ValueError("sparse gradients are not supported; use torch.nn.Embedding(sparse=False)")
+        owner = registry.optimizer_class(group["algorithm"])
+        rule = owner.rule(group, tuple(param.shape))
+        stored = self._stored(param, group, rule)
+        ctx = self._next_context(param, group)
+        lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
+        rounding = None
+        if group["rounding"] == "stochastic":
+            rounding = seeded_generator(param.device, ctx.seed, ctx.name, ctx.step, "rounding")
+
+        codecs = self._codecs(param, group, rule)
+        whole = LoadedState(stored, codecs, rule.slots(tuple(param.shape)), WHOLE)
+        if rule.needs_refresh(ctx):
+            whole.save_(rule.refresh(grad, whole, ctx), rounding)
+        exact = rounding is None or param.dtype in (torch.float32, torch.float64)
+        if exact and step_with_torch_(
+            rule, param, grad, stored, step=ctx.step, lr=lr, weight_decay=weight_decay
+        ):
+            return
+        if rule.scope == "matrix":
+            direction, changed = rule.update(grad, whole, ctx)
+            whole.save_(changed, rounding)
+            write = write_factors_ if isinstance(direction, Factors) else write_dense_
+            write(param, direction, lr=lr, weight_decay=weight_decay, generator=rounding)
+            return
+        for part, weight, slice_of_grad in _parts(param, grad):
+            state = LoadedState(stored, codecs, rule.slots(tuple(param.shape)), part)
+            direction, changed = rule.update(slice_of_grad.float(), state, ctx)
+            assert isinstance(direction, Tensor), "an element rule gives a tensor"
+            write_dense_(weight, direction, lr=lr, weight_decay=weight_decay, generator=rounding)
+            state.save_(changed, rounding)
+
+    # ---------------------------------------------------------------- state
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state once every trainable parameter was updated, from the declarations.
+
+        Exact, allocates nothing, and works on meta tensors.
+        """
+        total = 0
+        for group in self.param_groups:
+            owner = registry.optimizer_class(group["algorithm"])
+            for param in group["params"]:
+                if not param.requires_grad or param.numel() == 0:
+                    continue
+                rule = owner.rule(group, tuple(param.shape))
+                codecs = self._codecs(param, group, rule)
+                slots = rule.slots(tuple(param.shape))
+                total += sum(codecs[name].nbytes(slot) for name, slot in slots.items()) + 4  # and `step`
+        return total
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but every state tensor keeps its dtype; torch's own would cast it to the weight's."""
+        super().load_state_dict(state_dict)
+        saved_groups = state_dict["param_groups"]
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            for param, index in zip(group["params"], saved["params"], strict=True):
+                for name, value in state_dict["state"].get(index, {}).items():
+                    device = torch.device("cpu") if name == "step" else param.device
+                    self.state[param][name] = value.detach().to(device, copy=True)
+        self._forget()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what is only remembered from the state and the groups; it is read again when needed."""
+        self._steps: dict[Tensor, int] = {}
+        self._known: dict[Tensor, set[str]] = {}
+        self._names: dict[Tensor, str] = {}
+
+    def _stored(self, param: Tensor, group: dict[str, Any], rule: Rule) -> dict[str, Tensor]:
+        stored = self.state[param]
+        if not stored:
+            codecs = self._codecs(param, group, rule)
+            for name, slot in rule.slots(tuple(param.shape)).items():
+                stored[name] = codecs[name].allocate(slot, param.device)
+            stored["step"] = torch.zeros((), dtype=torch.float32)
+            self._steps[param] = 0
+            self._known[param] = set()
+        return stored
+
+    def _codecs(self, param: Tensor, group: dict[str, Any], rule: Rule) -> dict[str, Float]:
+        formats = group["storage"] or {}
+        return {
+            name: storage_for(slot.role, formats, param.dtype) for name, slot in rule.slots(tuple(param.shape)).items()
+        }
+
+    def _next_context(self, param: Tensor, group: dict[str, Any]) -> Context:
+        """Count the update. The count is mirrored in Python so that the tensor is read once, after a load."""
+        step_tensor = self.state[param]["step"]
+        step = (self._steps[param] if param in self._steps else int(step_tensor)) + 1
+        self._steps[param] = step
+        step_tensor.fill_(step)
+        known = self._known.setdefault(param, set())
+        return Context(step=step, name=self._name_of(param), seed=group["seed"], known=known)
+
+    def _name_of(self, param: Tensor) -> str:
+        """The parameter's name where the caller gave one, else its place among the groups."""
+        if param not in self._names:
+            for group_index, group in enumerate(self.param_groups):
+                names = group.get("param_names") or [f"{group_index}.{i}" for i in range(len(group["params"]))]
+                self._names.update(zip(group["params"], names, strict=True))
+        return self._names[param]
+
+
+def _parts(param: Tensor, grad: Tensor) -> Iterable[tuple[slice, Tensor, Tensor]]:
+    """Flat slices of a parameter and its gradient; the whole tensor where its memory has gaps."""
+    if not (param.is_contiguous() and grad.is_contiguous()):
+        yield WHOLE, param, grad
+        return
+    flat_param, flat_grad = param.view(-1), grad.view(-1)
+    for part in flat_slices(param.numel()):
+        yield part, flat_param[part], flat_grad[part]

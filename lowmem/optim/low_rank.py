@@ -1,0 +1,140 @@
+"""Run any rule on a low-rank projection of the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lowmem.numerics.tiles import largest_magnitude, matmul_transposed_fp32
+from lowmem.optim.refresh import Every
+from lowmem.optim.rule import Context, Direction, Factors, Rule, Scope, Shape, Slot, State
+
+BASIS = "basis"
+
+
+class Projection(Protocol):
+    """Chooses the subspace. G is (m, n) with m <= n, in any float dtype; the result is float32."""
+
+    def fit(self, G: Tensor, rank: int, *, start: Tensor | None, generator: torch.Generator) -> Tensor:
+        """An orthonormal, sign-canonical basis (m, rank); `start` is the previous one."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(Rule):
+    """Run `inner` in a rank-r subspace of the gradient (GaLore, algorithm 2).
+
+        P <- leading left singular vectors of G      when `refresh` is due       (m, r)
+        R <- P^T G                                                               (r, n)
+        N <- inner(R)                                                            (r, n)
+        U <- scale P N                               never formed: see Factors   (m, n)
+
+    G is (m, n) with m <= n. A gradient with at least as many rows as columns is transposed on the way
+    in and out, so a square matrix is projected on its right side, as the authors' code does.
+    Leading dimensions are a batch of matrices, each with its own basis.
+    State: P is m*r values and inner's slots are on (r, n), against 2*m*n for Adam.
+
+    At a refresh the moments live in coordinates that change. `on_refresh`:
+      keep    leave them (the authors' code)
+      reset   zero them and restart inner's step count
+      rotate  express them in the new basis through C = P_new^T P_old
+    A gradient that is zero or not finite cannot give a basis: the old one stays, and where there is
+    none yet the next step tries again.
+
+    Source: Zhao et al., "GaLore", arXiv:2403.03507.
+    """
+
+    scope: ClassVar[Scope] = "matrix"
+
+    inner: Rule
+    projection: Projection
+    rank: int
+    refresh_every: Every
+    scale: float = 1.0
+    on_refresh: Literal["keep", "reset", "rotate"] = "keep"
+
+    def slots(self, shape: Shape) -> dict[str, Slot]:
+        *batch, rows, columns = shape
+        m, n = min(rows, columns), max(rows, columns)
+        return {BASIS: Slot((*batch, m, self.rank), "basis"), **self.inner.slots((*batch, self.rank, n))}
+
+    def needs_refresh(self, ctx: Context) -> bool:
+        return self.refresh_every.is_due(ctx.step) or not ctx.knows(BASIS)
+
+    def refresh(self, grad: Tensor, state: State, ctx: Context) -> dict[str, Tensor]:
+        P_old = state[BASIS]
+        has_basis = ctx.step > 1 and (ctx.knows(BASIS) or ctx.ask(P_old.any(), assume=True))
+        if has_basis:
+            ctx.remember(BASIS)
+        is_due = self.refresh_every.is_due(ctx.step)
+        if has_basis and not is_due:
+            return {}
+        changed = self._reset(state) if is_due and self.on_refresh == "reset" else {}
+        largest = largest_magnitude(grad)
+        if not ctx.ask(torch.isfinite(largest) & (largest > 0), assume=True):
+            return changed
+        P = self._fit(_wide(grad), P_old if has_basis else None, ctx)
+        ctx.remember(BASIS)
+        if has_basis and self.on_refresh == "rotate":
+            changed = self.inner.change_basis(self._inner_state(state), P.mT @ P_old, ctx.at_step(ctx.step - 1))
+        return {BASIS: P, **changed}
+
+    def update(self, grad: Tensor, state: State, ctx: Context) -> tuple[Direction, dict[str, Tensor]]:
+        G, P = _wide(grad), state[BASIS]
+        R = self._project(G, P)
+        N, inner_state = self.inner.update(R, self._inner_state(state), self._inner_context(ctx))
+        assert isinstance(N, Tensor)
+        left, right = (P, N) if G is grad else (N.mT, P.mT)
+        return Factors(left, right, self.scale), inner_state
+
+    def _fit(self, G: Tensor, start: Tensor | None, ctx: Context) -> Tensor:
+        generator = ctx.generator(G.device, "basis")
+        if G.dim() == 2:
+            return self.projection.fit(G, self.rank, start=start, generator=generator)
+        starts = [None] * len(G) if start is None else list(start)
+        fits = [self._fit_one(G_e, P_e, generator) for G_e, P_e in zip(G, starts, strict=True)]
+        return torch.stack(fits)
+
+    def _fit_one(self, G: Tensor, start: Tensor | None, generator: torch.Generator) -> Tensor:
+        """One matrix of a batch; an expert that saw no token has a zero gradient and takes unit vectors."""
+        safe = torch.where(largest_magnitude(G) > 0, G, torch.eye(*G.shape, device=G.device, dtype=G.dtype))
+        return self.projection.fit(safe, self.rank, start=start, generator=generator)
+
+    def _project(self, G: Tensor, P: Tensor) -> Tensor:
+        if G.dim() == 2:
+            return matmul_transposed_fp32(G, P)
+        return torch.stack([matmul_transposed_fp32(G_e, P_e) for G_e, P_e in zip(G, P, strict=True)])
+
+    def _inner_context(self, ctx: Context) -> Context:
+        return ctx.at_step(self.refresh_every.steps_since(ctx.step)) if self.on_refresh == "reset" else ctx
+
+    def _inner_state(self, state: State) -> State:
+        return _Without(state, BASIS)
+
+    def _reset(self, state: State) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(state[name]) for name in state if name != BASIS}
+
+
+class _Without(Mapping[str, Tensor]):
+    """A state without one of its slots, still loaded only when asked for."""
+
+    def __init__(self, state: State, hidden: str):
+        self._state, self._hidden = state, hidden
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._state[name]
+
+    def __iter__(self):
+        return (name for name in self._state if name != self._hidden)
+
+    def __len__(self) -> int:
+        return len(self._state) - 1
+
+
+def _wide(grad: Tensor) -> Tensor:
+    """The gradient itself when it has more columns than rows, else its transpose."""
+    return grad if grad.shape[-2] < grad.shape[-1] else grad.mT

@@ -1,0 +1,9 @@
+"""Ways to choose the subspace a low-rank rule works in. Each fits a sign-canonical orthonormal basis."""
+
+from __future__ import annotations
+
+from lowmem.optim.projections.subspace import Subspace
+from lowmem.optim.projections.svd import Svd
+
+PROJECTIONS = {"subspace": Subspace(), "svd": Svd()}
+"""By the name a recipe uses."""

@@ -1,0 +1,28 @@
+"""The optimizers by name. A new one is a file in `algorithms/` and a line here."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import TYPE_CHECKING
+
+from lowmem.optim.settings import did_you_mean
+
+if TYPE_CHECKING:
+    from lowmem.optim.engine import LowMemOptimizer
+
+OPTIMIZERS = {
+    "adamw": "lowmem.optim.algorithms.adamw:AdamW",
+    "sgd": "lowmem.optim.algorithms.sgd:SGD",
+    "sgd_sai": "lowmem.optim.algorithms.sgd_sai:SGDSaI",
+    "galore": "lowmem.optim.algorithms.galore:GaLore",
+}
+
+
+@functools.cache
+def optimizer_class(name: str) -> type[LowMemOptimizer]:
+    """The optimizer called `name`; ValueError with the nearest name otherwise."""
+    if name not in OPTIMIZERS:
+        raise ValueError(f"{name!r} is not an optimizer{did_you_mean(name, OPTIMIZERS)}. Known: {', '.join(OPTIMIZERS)}")
+    module, attribute = OPTIMIZERS[name].split(":")
+    return getattr(importlib.import_module(module), attribute)

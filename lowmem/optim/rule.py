@@ -1,0 +1,114 @@
+"""The contract between an algorithm and the engine: gradient in, descent direction out.
+
+A `Rule` knows neither learning rate nor weight decay, neither the parameter's dtype nor how its
+state is stored. The engine loads the declared state as float32, calls the rule, stores the state and
+writes the direction into the weight; that is why one rule serves float32 and bfloat16 weights, any
+state format, and any way of executing a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from lowmem.numerics.seeding import seeded_generator
+
+Shape = tuple[int, ...]
+State = Mapping[str, Tensor]
+Role = Literal["moment", "variance", "basis", "scalar"]
+Scope = Literal["element", "matrix"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """State that a rule declares but does not allocate. The role decides how it may be stored."""
+
+    shape: Shape
+    role: Role = "moment"
+
+
+class Factors(NamedTuple):
+    """A direction of the weight's shape that is never formed: scale * left @ right.
+
+    Leading dimensions, if any, count the matrices of a batch (the experts of a mixture).
+    """
+
+    left: Tensor  # (..., rows, r)
+    right: Tensor  # (..., r, columns)
+    scale: float
+
+
+Direction = Tensor | Factors
+
+
+class Context:
+    """What a rule may know about the step it is part of; never the learning rate."""
+
+    def __init__(self, *, step: int, name: str, seed: int, known: set[str]):
+        self.step = step
+        """Updates of this parameter including this one: 1 at its first."""
+        self.name = name
+        self.seed = seed
+        self._known = known
+
+    def generator(self, device: torch.device, purpose: str) -> torch.Generator:
+        """Random numbers fixed by (seed, parameter name, step, purpose): the same after a resume."""
+        return seeded_generator(device, self.seed, self.name, self.step, purpose)
+
+    def ask(self, condition: Tensor, *, assume: bool) -> bool:
+        """Read one truth value from the device; `assume` answers where tensors hold no values."""
+        if isinstance(condition, FakeTensor) or condition.is_meta:
+            return assume
+        return bool(condition)
+
+    def knows(self, fact: str) -> bool:
+        """Whether `remember(fact)` was called for this parameter since the state was made or loaded."""
+        return fact in self._known
+
+    def remember(self, fact: str) -> None:
+        """Keep an answer that stays true, so that the device is asked once and not at every step."""
+        self._known.add(fact)
+
+    def at_step(self, step: int) -> Context:
+        """The same context with another step number, for a rule inside a rule."""
+        return Context(step=step, name=self.name, seed=self.seed, known=self._known)
+
+
+class Rule:
+    """gradient -> descent direction.
+
+    `scope` answers three questions at once. "element": entry i of the direction depends on entry i of
+    gradient and state (and on scalars) only, so the rule may run on slices and on flat shards.
+    "matrix": it needs the whole tensor.
+
+    An element rule gets float32 slices. A matrix rule gets the gradient in its own dtype and whole, and
+    multiplies through `numerics.tiles`, so that no float32 copy of it is made.
+    Gradients are never changed in place; loaded state may be.
+    """
+
+    scope: ClassVar[Scope] = "element"
+
+    def slots(self, shape: Shape) -> dict[str, Slot]:
+        """The state for a parameter of `shape`, so that its bytes are known without allocating it."""
+        return {}
+
+    def needs_refresh(self, ctx: Context) -> bool:
+        """Whether `refresh` is to be called before this step's `update`."""
+        return False
+
+    def refresh(self, grad: Tensor, state: State, ctx: Context) -> dict[str, Tensor]:
+        """Rare work on the whole gradient (a new basis, a statistic). Returns the slots that changed."""
+        return {}
+
+    def update(self, grad: Tensor, state: State, ctx: Context) -> tuple[Direction, dict[str, Tensor]]:
+        """The direction, to be multiplied by the learning rate and subtracted, and the new state."""
+        raise NotImplementedError(f"{type(self).__name__} has no update")
+
+    def change_basis(self, state: State, C: Tensor, ctx: Context) -> dict[str, Tensor]:
+        """New state when the coordinates it lives in change by C (r, r); `ctx.step` updates were made."""
+        raise NotImplementedError(f"{type(self).__name__} cannot rotate its state; use on_refresh='keep' or 'reset'")

@@ -1,0 +1,76 @@
+"""SGD-SaI's direction: momentum, scaled once and for all by the gradient's signal-to-noise ratio."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowmem.numerics.tiles import sum_and_squares
+from lowmem.optim.rule import Context, Direction, Rule, Shape, Slot, State
+
+LOWEST, HIGHEST = 0.5, 4.0
+"""Bounds of g-SNR in units of sqrt(numel): outside them the ratio is an accident of few or equal entries."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnrScaledMomentum(Rule):
+    """Momentum times a per-tensor constant, the g-SNR of the first usable gradient.
+
+        s <- ||g||_2 / std(g)                        once: the first finite, non-zero gradient
+        m <- g                                       first step
+        m <- momentum m + (1 - momentum) g           later
+        U <- (s / normalizer) m
+
+    State: one tensor of the parameter's shape (none when momentum is 0) and one number.
+    """
+
+    momentum: float = 0.9
+    normalizer: float = 1.0
+
+    def slots(self, shape: Shape) -> dict[str, Slot]:
+        ratio = {"gsnr": Slot((), "scalar")}
+        return {"momentum_buffer": Slot(shape), **ratio} if self.momentum else ratio
+
+    def needs_refresh(self, ctx: Context) -> bool:
+        return not ctx.knows("gsnr")
+
+    def refresh(self, grad: Tensor, state: State, ctx: Context) -> dict[str, Tensor]:
+        if ctx.step > 1 and ctx.ask(state["gsnr"] > 0, assume=True):
+            ctx.remember("gsnr")
+            return {}
+        total, squares = sum_and_squares(grad)
+        if not ctx.ask(torch.isfinite(squares) & (squares > 0), assume=True):
+            return {}
+        ctx.remember("gsnr")
+        return {"gsnr": signal_to_noise(total, squares, grad.numel())}
+
+    def update(self, grad: Tensor, state: State, ctx: Context) -> tuple[Direction, dict[str, Tensor]]:
+        s = state["gsnr"] / self.normalizer
+        if not self.momentum:
+            return grad * s, {}
+        m = state["momentum_buffer"]
+        if ctx.step == 1:
+            m.copy_(grad)
+        else:
+            m.lerp_(grad, 1 - self.momentum)
+        return m * s, {"momentum_buffer": m}
+
+
+def signal_to_noise(total: Tensor, squares: Tensor, numel: int) -> Tensor:
+    """||g|| / std(g) from the sum of the entries and of their squares (std unbiased, as torch's).
+
+    For a gradient with mean near zero this is sqrt(numel) whatever the gradient. One entry, or equal
+    entries, have no spread: there sqrt(numel) is taken, and everywhere the ratio stays within
+    [0.5, 4] sqrt(numel). From two sums, so that shards can add theirs.
+    """
+    usual = math.sqrt(numel)
+    if numel == 1:
+        return torch.ones_like(total).float()
+    variance = (squares - total.square() / numel) / (numel - 1)
+    has_spread = variance > 1e-12 * squares / numel
+    ratio = squares.sqrt() / torch.where(has_spread, variance, torch.ones_like(variance)).sqrt()
+    ratio = torch.where(has_spread, ratio, torch.full_like(ratio, usual))
+    return ratio.clamp(LOWEST * usual, HIGHEST * usual).float()

@@ -1,0 +1,92 @@
+"""Where torch's own fused kernels compute the same step: no temporaries, one pass over memory.
+
+They apply when the parameter, its gradient and its state are plain contiguous tensors of one dtype and
+nothing is rounded stochastically. The result differs from the rule's own arithmetic by rounding only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lowmem.optim.rule import Rule
+from lowmem.optim.rules.adam import Adam
+from lowmem.optim.rules.momentum import Momentum
+from lowmem.optim.rules.snr_scaled import SnrScaledMomentum
+
+
+def step_with_torch_(
+    rule: Rule, param: Tensor, grad: Tensor, state: Mapping[str, Tensor], *, step: int, lr: float, weight_decay: float
+) -> bool:
+    """Make the whole step in place and return True, or touch nothing and return False."""
+    kernel = _KERNELS.get(type(rule))
+    slots = rule.slots(tuple(param.shape))
+    if kernel is None or not _plain(param, grad, *(state[name] for name, slot in slots.items() if slot.role != "scalar")):
+        return False
+    kernel(rule, param, grad, state, step, lr, weight_decay)
+    return True
+
+
+def _plain(param: Tensor, *others: Tensor) -> bool:
+    return param.is_contiguous() and all(
+        each.dtype == param.dtype and each.device == param.device and each.is_contiguous() for each in others
+    )
+
+
+def _adamw(rule: Adam, param: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int, lr: float, wd: float) -> None:
+    torch._fused_adamw_(
+        [param],
+        [grad],
+        [state["exp_avg"]],
+        [state["exp_avg_sq"]],
+        [],
+        [torch.full((), float(step), device=param.device)],
+        lr=lr,
+        beta1=rule.betas[0],
+        beta2=rule.betas[1],
+        weight_decay=wd,
+        eps=rule.eps,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def _sgd(rule: Momentum, param: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int, lr: float, wd: float) -> None:
+    if wd:
+        param.mul_(1 - lr * wd)
+    torch._fused_sgd_(
+        [param],
+        [grad],
+        [state["momentum_buffer"]] if rule.momentum else [],
+        weight_decay=0.0,
+        momentum=rule.momentum,
+        lr=lr,
+        dampening=rule.dampening,
+        nesterov=rule.nesterov,
+        maximize=False,
+        is_first_step=step == 1,
+    )
+
+
+def _sgd_sai(
+    rule: SnrScaledMomentum, param: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int, lr: float, wd: float
+) -> None:
+    if wd:
+        param.mul_(1 - lr * wd)
+    torch._fused_sgd_(
+        [param],
+        [grad],
+        [state["momentum_buffer"]] if rule.momentum else [],
+        weight_decay=0.0,
+        momentum=rule.momentum,
+        lr=state["gsnr"] * (lr / rule.normalizer),  # a tensor, so that the device is never asked for its value
+        dampening=rule.momentum,
+        nesterov=False,
+        maximize=False,
+        is_first_step=step == 1,
+    )
+
+
+_KERNELS = {Adam: _adamw, Momentum: _sgd, SnrScaledMomentum: _sgd_sai}
