@@ -1,3 +1,4 @@
+# ruff: noqa: RUF009 -- key() is dataclasses.field() with a doc; it makes no shared default
 """Every key a recipe may hold, with its type, default, range and meaning.
 
 The dataclasses below are the only description of a recipe: `load.py` checks files against them,
@@ -26,7 +27,7 @@ def key(
     metadata = {"doc": doc, "at_least": at_least, "above": above, "at_most": at_most}
     if default is REQUIRED:
         return field(metadata=metadata)
-    if isinstance(default, type) or isinstance(default, (list, dict)):
+    if isinstance(default, (type, list, dict)):
         factory = default if isinstance(default, type) else default.copy
         return field(default_factory=factory, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -40,7 +41,9 @@ class ModelRecipe:
     dtype: Literal["bfloat16", "float32"] = key("bfloat16", "what the weights are stored and trained in")
     attn: Literal["sdpa", "eager", "flash_attention_2"] = key("sdpa", "attention implementation")
     revision: str | None = key(None, "branch, tag or commit of a Hugging Face id")
-    trust_remote_code: bool = key(False, "run Python code that comes with the model; off unless asked by name")
+    trust_remote_code: bool = key(
+        False, "run Python code that comes with the model; off unless asked by name"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,9 @@ class LoraRecipe:
 class SourceRecipe:
     """Where rows come from. Exactly one of `path`, `hub` and `builtin`."""
 
-    path: str | None = key(None, "JSONL, JSON, Parquet or text file, .gz too; relative to the working directory")
+    path: str | None = key(
+        None, "JSONL, JSON, Parquet or text file, .gz too; relative to the working directory"
+    )
     hub: str | None = key(None, "data set id on the Hugging Face Hub (needs the extra [hub])")
     builtin: str | None = key(None, "a generated data set; lowmem ls builtins lists them")
     name: str | None = key(None, "configuration name of a hub data set")
@@ -71,11 +76,15 @@ class SourceRecipe:
 class DataRecipe:
     train: SourceRecipe = key(doc="training rows")
     eval: SourceRecipe | None = key(None, "held-out rows")
-    template: str = key("auto", "auto (the tokenizer's own, else plain), a name from lowmem ls templates, or a .jinja file")
+    template: str = key(
+        "auto", "auto (the tokenizer's own, else plain), a name from lowmem ls templates, or a .jinja file"
+    )
     train_on: Literal["assistant", "last_turn", "all"] = key("assistant", "which tokens carry loss")
     max_length: int = key(1024, "longest sequence in tokens", at_least=8)
     packing: bool = key(False, "put several documents in one sequence, never attending across them")
-    on_too_long: Literal["drop", "truncate_left", "truncate_right"] = key("truncate_right", "rows over max_length")
+    on_too_long: Literal["drop", "truncate_left", "truncate_right"] = key(
+        "truncate_right", "rows over max_length"
+    )
     on_bad_row: Literal["error", "skip"] = key("error", "malformed rows and rows without any trained token")
 
 
@@ -84,7 +93,9 @@ class OptimizerRecipe:
     """`name`, where it applies, and the algorithm's own settings (lr, weight_decay, rank, ...)."""
 
     name: str = key(doc="lowmem ls optimizers lists them")
-    target: list[str] = key(["attn", "mlp"], "matrix rules treat the linear layers whose module path contains one of these")
+    target: list[str] = key(
+        ["attn", "mlp"], "matrix rules treat the linear layers whose module path contains one of these"
+    )
     fallback: dict[str, Any] | None = key(
         None, "another optimizer, {name: ..., its settings}, for embeddings, head, norms and biases"
     )
@@ -93,10 +104,14 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRecipe:
-    every: int | None = key(None, "evaluate each N steps; always once at the end when data.eval is given", at_least=1)
+    every: int | None = key(
+        None, "evaluate each N steps; always once at the end when data.eval is given", at_least=1
+    )
     at_start: bool = key(False, "evaluate before the first step too")
     max_batches: int | None = key(50, "batches of the loss; null for all", at_least=1)
-    batch_size: int | None = key(None, "rows per device and batch; null for train.per_device_batch_size", at_least=1)
+    batch_size: int | None = key(
+        None, "rows per device and batch; null for train.per_device_batch_size", at_least=1
+    )
     loss_only: bool = key(True, "false: also generate answers and count exact matches")
     max_answers: int = key(100, "answers to generate when loss_only is false", at_least=1)
     max_new_tokens: int = key(64, "longest generated answer", at_least=1)
@@ -115,7 +130,9 @@ class TrainRecipe:
     max_steps: int | None = key(None, "stop after so many optimizer steps; wins over epochs", at_least=1)
     per_device_batch_size: int = key(1, "sequences per device and micro-batch", at_least=1)
     gradient_accumulation_steps: int = key(1, "micro-batches per optimizer step", at_least=1)
-    max_grad_norm: float | None = key(1.0, "global norm the gradient is clipped to; null for no clipping", above=0)
+    max_grad_norm: float | None = key(
+        1.0, "global norm the gradient is clipped to; null for no clipping", above=0
+    )
     lr_scheduler: SchedulerRecipe = key(SchedulerRecipe, "learning-rate schedule")
     activation_checkpointing: bool = key(False, "recompute activations in backward instead of keeping them")
     loss: Literal["chunked", "plain"] = key("chunked", "chunked never holds the whole logits")
@@ -133,7 +150,9 @@ class SaveRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportRecipe:
-    baseline: Literal["adamw", "none"] = key("adamw", "run a few AdamW steps on the same work to compare memory")
+    baseline: Literal["adamw", "none"] = key(
+        "adamw", "run a few AdamW steps on the same work to compare memory"
+    )
     log_every: int = key(10, "steps between two lines of metrics.jsonl", at_least=1)
 
 
