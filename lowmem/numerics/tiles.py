@@ -47,11 +47,12 @@ def matmul_transposed_fp32(
     Y: Tensor,  # (m, k)  float32
 ) -> Tensor:  # (k, n)  float32
     """Y^T G with float32 products and sums, converting G slice by slice."""
+    Y_t = Y.mT.contiguous()  # the tall factor is small, and BLAS is a tenth faster on it than on its view
     if G.dtype == torch.float32:
-        return Y.mT @ G
+        return Y_t @ G
     out = torch.zeros(Y.shape[1], G.shape[1], device=G.device, dtype=torch.float32)
     for rows in row_slices(G.shape):
-        out.addmm_(Y[rows].mT, G[rows].float())
+        out.addmm_(Y_t[:, rows], G[rows].float())
     return out
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -39,7 +39,9 @@ def build_optimizer(
     known = settings_of(owner)
     for key in settings:
         if key not in known:
-            raise ValueError(f"{name} has no setting {key!r}{did_you_mean(key, known)}. Settings: {', '.join(known)}")
+            raise ValueError(
+                f"{name} has no setting {key!r}{did_you_mean(key, known)} Settings: {', '.join(known)}"
+            )
     uses_target = owner.treats_matrices or fallback is not None
     groups = model_groups(
         model,
@@ -47,7 +49,8 @@ def build_optimizer(
         target=tuple(target) if uses_target else None,
         fallback=_fallback_settings(fallback),
     )
-    return owner(groups, lr=lr, **settings)
+    make: Callable[..., LowMemOptimizer] = owner
+    return make(groups, lr=lr, **settings)
 
 
 def _fallback_settings(fallback: dict[str, Any] | None) -> dict[str, Any]:
@@ -59,7 +62,7 @@ def _fallback_settings(fallback: dict[str, Any] | None) -> dict[str, Any]:
     for key in chosen:
         if key not in known:
             raise ValueError(
-                f"fallback {name} has no setting {key!r}{did_you_mean(key, known)}. Settings: {', '.join(known)}"
+                f"fallback {name} has no setting {key!r}{did_you_mean(key, known)} Settings: {', '.join(known)}"
             )
     return {"algorithm": name, **chosen}
 

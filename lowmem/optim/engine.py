@@ -13,14 +13,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lowmem.numerics import tiles
 from lowmem.numerics.seeding import seeded_generator
-from lowmem.numerics.tiles import flat_slices
 from lowmem.optim import registry
-from lowmem.optim.rule import Context, Factors, Rule, Shape
+from lowmem.optim.rule import Context, Rule, Shape
 from lowmem.optim.settings import did_you_mean, settings_of
 from lowmem.optim.storage import WHOLE, Float, LoadedState, storage_for
 from lowmem.optim.torch_kernels import step_with_torch_
-from lowmem.optim.writeback import write_dense_, write_factors_
+from lowmem.optim.writeback import write_
 
 log = logging.getLogger("lowmem")
 
@@ -69,7 +69,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         for name in param_group:
             if name not in settings and name not in _FOREIGN_KEYS | _SCHEDULER_KEYS:
                 raise ValueError(
-                    f"{owner.algorithm} has no setting {name!r}{did_you_mean(name, settings)}. "
+                    f"{owner.algorithm} has no setting {name!r}{did_you_mean(name, settings)} "
                     f"Settings: {', '.join(settings)}"
                 )
         filled = {**self._defaults_for(owner), "algorithm": owner.algorithm, **param_group}
@@ -99,7 +99,9 @@ class LowMemOptimizer(torch.optim.Optimizer):
         remarks: dict[str, int] = {}
         for param in group["params"]:
             if param.is_complex() or not param.is_floating_point():
-                raise ValueError(f"{owner.algorithm} needs real floating-point parameters, found {param.dtype}")
+                raise ValueError(
+                    f"{owner.algorithm} needs real floating-point parameters, found {param.dtype}"
+                )
             owner.rule(group, tuple(param.shape))
             if (remark := owner.remark(group, tuple(param.shape))) is not None:
                 remarks[remark] = remarks.get(remark, 0) + 1
@@ -109,7 +111,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
     # ---------------------------------------------------------------- stepping
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient. `closure` is evaluated once, with gradients on."""
         loss = None
         if closure is not None:
@@ -149,14 +151,12 @@ class LowMemOptimizer(torch.optim.Optimizer):
         if rule.scope == "matrix":
             direction, changed = rule.update(grad, whole, ctx)
             whole.save_(changed, rounding)
-            write = write_factors_ if isinstance(direction, Factors) else write_dense_
-            write(param, direction, lr=lr, weight_decay=weight_decay, generator=rounding)
+            write_(param, direction, lr=lr, weight_decay=weight_decay, generator=rounding)
             return
         for part, weight, slice_of_grad in _parts(param, grad):
             state = LoadedState(stored, codecs, rule.slots(tuple(param.shape)), part)
             direction, changed = rule.update(slice_of_grad.float(), state, ctx)
-            assert isinstance(direction, Tensor), "an element rule gives a tensor"
-            write_dense_(weight, direction, lr=lr, weight_decay=weight_decay, generator=rounding)
+            write_(weight, direction, lr=lr, weight_decay=weight_decay, generator=rounding)
             state.save_(changed, rounding)
 
     # ---------------------------------------------------------------- state
@@ -213,7 +213,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
     def _codecs(self, param: Tensor, group: dict[str, Any], rule: Rule) -> dict[str, Float]:
         formats = group["storage"] or {}
         return {
-            name: storage_for(slot.role, formats, param.dtype) for name, slot in rule.slots(tuple(param.shape)).items()
+            name: storage_for(slot.role, formats, param.dtype)
+            for name, slot in rule.slots(tuple(param.shape)).items()
         }
 
     def _next_context(self, param: Tensor, group: dict[str, Any]) -> Context:
@@ -229,7 +230,9 @@ class LowMemOptimizer(torch.optim.Optimizer):
         """The parameter's name where the caller gave one, else its place among the groups."""
         if param not in self._names:
             for group_index, group in enumerate(self.param_groups):
-                names = group.get("param_names") or [f"{group_index}.{i}" for i in range(len(group["params"]))]
+                names = group.get("param_names") or [
+                    f"{group_index}.{i}" for i in range(len(group["params"]))
+                ]
                 self._names.update(zip(group["params"], names, strict=True))
         return self._names[param]
 
@@ -240,5 +243,5 @@ def _parts(param: Tensor, grad: Tensor) -> Iterable[tuple[slice, Tensor, Tensor]
         yield WHOLE, param, grad
         return
     flat_param, flat_grad = param.view(-1), grad.view(-1)
-    for part in flat_slices(param.numel()):
+    for part in tiles.flat_slices(param.numel()):
         yield part, flat_param[part], flat_grad[part]

@@ -35,9 +35,12 @@ def target_names(model: nn.Module, target: Sequence[str]) -> set[str]:
     return found
 
 
-def split_for_decay(named: Iterable[tuple[str, Tensor]]) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
+def split_for_decay(
+    named: Iterable[tuple[str, Tensor]],
+) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
     """(decayed, not decayed): norms and biases, which have fewer than two dimensions, are not decayed."""
-    decayed, plain = [], []
+    decayed: list[tuple[str, Tensor]] = []
+    plain: list[tuple[str, Tensor]] = []
     for name, param in named:
         (decayed if param.dim() >= 2 else plain).append((name, param))
     return decayed, plain
@@ -72,7 +75,11 @@ def model_groups(
 def _is_matrix_layer(module: nn.Module, param: Tensor) -> bool:
     if isinstance(module, nn.Embedding):
         return False
-    return param.dim() == 2 and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") or param.dim() == 3
+    return (
+        (param.dim() == 2
+        and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"))
+        or param.dim() == 3
+    )
 
 
 def _head_weight(model: nn.Module) -> Tensor | None:
@@ -83,8 +90,12 @@ def _head_weight(model: nn.Module) -> Tensor | None:
 
 
 def _no_match(model: nn.Module, unmatched: list[str]) -> str:
-    words = sorted({part for name, _ in model.named_modules() for part in name.split(".") if not part.isdigit() and part})
-    near = [close for pattern in unmatched for close in difflib.get_close_matches(pattern, words, n=3, cutoff=0.4)]
+    words = sorted(
+        {part for name, _ in model.named_modules() for part in name.split(".") if not part.isdigit() and part}
+    )
+    near = [
+        close for pattern in unmatched for close in difflib.get_close_matches(pattern, words, n=3, cutoff=0.4)
+    ]
     shown = near or words[:12]
     return (
         f"target {', '.join(repr(pattern) for pattern in unmatched)} matches no linear layer of the model. "

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lowmem.numerics.tiles import largest_magnitude, matmul_transposed_fp32
+from lowmem.optim.projections.projection import Projection
 from lowmem.optim.refresh import Every
 from lowmem.optim.rule import Context, Direction, Factors, Rule, Scope, Shape, Slot, State
 
 BASIS = "basis"
-
-
-class Projection(Protocol):
-    """Chooses the subspace. G is (m, n) with m <= n, in any float dtype; the result is float32."""
-
-    def fit(self, G: Tensor, rank: int, *, start: Tensor | None, generator: torch.Generator) -> Tensor:
-        """An orthonormal, sign-canonical basis (m, rank); `start` is the previous one."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +73,9 @@ class LowRank(Rule):
         P = self._fit(_wide(grad), P_old if has_basis else None, ctx)
         ctx.remember(BASIS)
         if has_basis and self.on_refresh == "rotate":
-            changed = self.inner.change_basis(self._inner_state(state), P.mT @ P_old, ctx.at_step(ctx.step - 1))
+            changed = self.inner.change_basis(
+                self._inner_state(state), P.mT @ P_old, ctx.at_step(ctx.step - 1)
+            )
         return {BASIS: P, **changed}
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> tuple[Direction, dict[str, Tensor]]:

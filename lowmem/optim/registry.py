@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from typing import TYPE_CHECKING
 
@@ -19,10 +18,11 @@ OPTIMIZERS = {
 }
 
 
-@functools.cache
 def optimizer_class(name: str) -> type[LowMemOptimizer]:
     """The optimizer called `name`; ValueError with the nearest name otherwise."""
     if name not in OPTIMIZERS:
-        raise ValueError(f"{name!r} is not an optimizer{did_you_mean(name, OPTIMIZERS)}. Known: {', '.join(OPTIMIZERS)}")
+        raise ValueError(
+            f"{name!r} is not an optimizer{did_you_mean(name, OPTIMIZERS)} Known: {', '.join(OPTIMIZERS)}"
+        )
     module, attribute = OPTIMIZERS[name].split(":")
     return getattr(importlib.import_module(module), attribute)

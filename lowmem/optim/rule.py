@@ -111,4 +111,6 @@ class Rule:
 
     def change_basis(self, state: State, C: Tensor, ctx: Context) -> dict[str, Tensor]:
         """New state when the coordinates it lives in change by C (r, r); `ctx.step` updates were made."""
-        raise NotImplementedError(f"{type(self).__name__} cannot rotate its state; use on_refresh='keep' or 'reset'")
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot rotate its state; use on_refresh='keep' or 'reset'"
+        )

@@ -14,7 +14,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union
 
@@ -51,9 +51,12 @@ LearningRate = Annotated[float, Range(at_least=0), "learning rate"]
 WeightDecay = Annotated[float, Range(at_least=0), "decoupled decay: w <- w - lr * weight_decay * w"]
 Betas = Annotated[tuple[float, float], Range(at_least=0, below=1), "decay of the first and second moment"]
 Eps = Annotated[float, Range(above=0), "added to the root of the second moment"]
-StorageSetting = Annotated[Storage | None, "format of each state role; param (the default) follows the weight's dtype"]
+StorageSetting = Annotated[
+    Storage | None, "format of each state role; param (the default) follows the weight's dtype"
+]
 Rounding = Annotated[
-    Literal["stochastic", "nearest"], "how bfloat16 weights and moments are rounded; nearest loses small updates"
+    Literal["stochastic", "nearest"],
+    "how bfloat16 weights and moments are rounded; nearest loses small updates",
 ]
 Seed = Annotated[int, Range(at_least=0), "seed of projections and stochastic rounding"]
 
@@ -82,14 +85,19 @@ class Setting:
             return f"must be one of {', '.join(self.choices)}, found {value!r}{did_you_mean(value, self.choices)}"
         numbers = value if self.kind == "float_pair" else [value]
         if self.kind in ("int", "float", "float_pair") and not all(
-            math.isfinite(number) and (self.allowed is None or self.allowed.allows(number)) for number in numbers
+            math.isfinite(number) and (self.allowed is None or self.allowed.allows(number))
+            for number in numbers
         ):
             return f"must be {self.expected()}, found {_shown(value)}"
         return None
 
     def _has_kind(self, value: Any) -> bool:
         if self.kind == "float_pair":
-            return isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_number(each) for each in value)
+            return (
+                isinstance(value, (tuple, list))
+                and len(value) == 2
+                and all(_is_number(each) for each in value)
+            )
         if self.kind == "float":
             return _is_number(value)
         if self.kind == "int":
@@ -124,7 +132,7 @@ def _storage_problem(value: Any) -> str | None:
         return f"must be a mapping such as {{'moment': 'bf16'}}, found {value!r}"
     for role, chosen in value.items():
         if role not in FORMATS:
-            return f"has no role {role!r}{did_you_mean(role, FORMATS)}; roles: {', '.join(FORMATS)}"
+            return f"has no role {role!r}{did_you_mean(role, FORMATS)} Roles: {', '.join(FORMATS)}"
         formats = FORMATS[role]
         if chosen not in formats:
             return f"of {role} must be one of {', '.join(formats)}, found {chosen!r}{did_you_mean(chosen, formats)}"
@@ -132,17 +140,21 @@ def _storage_problem(value: Any) -> str | None:
 
 
 def did_you_mean(word: Any, known: Any) -> str:
-    """' Did you mean x?' where one of `known` is close to `word`, else nothing."""
+    """The end of a sentence: ". Did you mean 'x'?" where one of `known` is close to `word`, else "."."""
     close = difflib.get_close_matches(str(word), [str(each) for each in known], n=1, cutoff=0.6)
-    return f". Did you mean {close[0]!r}?" if close else ""
+    return f". Did you mean {close[0]!r}?" if close else "."
+
+
+def settings_of(optimizer_class: Any) -> dict[str, Setting]:
+    """The settings of an optimizer class, in the order of its constructor."""
+    return _settings_of(optimizer_class.__init__)
 
 
 @functools.cache
-def settings_of(optimizer_class: type) -> dict[str, Setting]:
-    """The settings of an optimizer class, in the order of its constructor."""
-    hints = typing.get_type_hints(optimizer_class.__init__, include_extras=True)
+def _settings_of(constructor: Callable[..., None]) -> dict[str, Setting]:
+    hints = typing.get_type_hints(constructor, include_extras=True)
     found = {}
-    for name, parameter in inspect.signature(optimizer_class.__init__).parameters.items():
+    for name, parameter in inspect.signature(constructor).parameters.items():
         if name not in ("self", "params"):
             found[name] = _setting(name, hints[name], parameter.default)
     return found

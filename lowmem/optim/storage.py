@@ -71,7 +71,13 @@ def storage_for(role: Role, formats: Mapping[str, str], param_dtype: torch.dtype
 class LoadedState(Mapping[str, Tensor]):
     """A parameter's state as the rule sees it: float32, loaded when asked for, optionally one flat slice."""
 
-    def __init__(self, stored: Mapping[str, Tensor], codecs: Mapping[str, Float], slots: Mapping[str, Slot], part: slice):
+    def __init__(
+        self,
+        stored: Mapping[str, Tensor],
+        codecs: Mapping[str, Float],
+        slots: Mapping[str, Slot],
+        part: slice,
+    ):
         self._stored, self._codecs, self._slots, self._part = stored, codecs, slots, part
 
     def __getitem__(self, name: str) -> Tensor:
@@ -85,7 +91,9 @@ class LoadedState(Mapping[str, Tensor]):
 
     def save_(self, values: Mapping[str, Tensor], generator: torch.Generator | None) -> None:
         for name, value in values.items():
-            self._codecs[name].save_(self._stored[name], value, _part_of(self._slots[name], self._part), generator)
+            self._codecs[name].save_(
+                self._stored[name], value, _part_of(self._slots[name], self._part), generator
+            )
 
 
 def _part_of(slot: Slot, part: slice) -> slice:

@@ -6,7 +6,7 @@ nothing is rounded stochastically. The result differs from the rule's own arithm
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -18,12 +18,21 @@ from lowmem.optim.rules.snr_scaled import SnrScaledMomentum
 
 
 def step_with_torch_(
-    rule: Rule, param: Tensor, grad: Tensor, state: Mapping[str, Tensor], *, step: int, lr: float, weight_decay: float
+    rule: Rule,
+    param: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    *,
+    step: int,
+    lr: float,
+    weight_decay: float,
 ) -> bool:
     """Make the whole step in place and return True, or touch nothing and return False."""
     kernel = _KERNELS.get(type(rule))
     slots = rule.slots(tuple(param.shape))
-    if kernel is None or not _plain(param, grad, *(state[name] for name, slot in slots.items() if slot.role != "scalar")):
+    if kernel is None or not _plain(
+        param, grad, *(state[name] for name, slot in slots.items() if slot.role != "scalar")
+    ):
         return False
     kernel(rule, param, grad, state, step, lr, weight_decay)
     return True
@@ -35,7 +44,9 @@ def _plain(param: Tensor, *others: Tensor) -> bool:
     )
 
 
-def _adamw(rule: Adam, param: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int, lr: float, wd: float) -> None:
+def _adamw(
+    rule: Adam, param: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int, lr: float, wd: float
+) -> None:
     torch._fused_adamw_(
         [param],
         [grad],
@@ -53,7 +64,9 @@ def _adamw(rule: Adam, param: Tensor, grad: Tensor, state: Mapping[str, Tensor],
     )
 
 
-def _sgd(rule: Momentum, param: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int, lr: float, wd: float) -> None:
+def _sgd(
+    rule: Momentum, param: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int, lr: float, wd: float
+) -> None:
     if wd:
         param.mul_(1 - lr * wd)
     torch._fused_sgd_(
@@ -71,7 +84,13 @@ def _sgd(rule: Momentum, param: Tensor, grad: Tensor, state: Mapping[str, Tensor
 
 
 def _sgd_sai(
-    rule: SnrScaledMomentum, param: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int, lr: float, wd: float
+    rule: SnrScaledMomentum,
+    param: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    step: int,
+    lr: float,
+    wd: float,
 ) -> None:
     if wd:
         param.mul_(1 - lr * wd)
@@ -81,7 +100,8 @@ def _sgd_sai(
         [state["momentum_buffer"]] if rule.momentum else [],
         weight_decay=0.0,
         momentum=rule.momentum,
-        lr=state["gsnr"] * (lr / rule.normalizer),  # a tensor, so that the device is never asked for its value
+        lr=state["gsnr"]
+        * (lr / rule.normalizer),  # a tensor, so that the device is never asked for its value
         dampening=rule.momentum,
         nesterov=False,
         maximize=False,
@@ -89,4 +109,4 @@ def _sgd_sai(
     )
 
 
-_KERNELS = {Adam: _adamw, Momentum: _sgd, SnrScaledMomentum: _sgd_sai}
+_KERNELS: dict[type[Rule], Callable[..., None]] = {Adam: _adamw, Momentum: _sgd, SnrScaledMomentum: _sgd_sai}

@@ -11,13 +11,16 @@ from torch import Tensor
 
 from lowmem.numerics.rounding import bf16_stochastic
 from lowmem.numerics.tiles import row_slices
-from lowmem.optim.rule import Factors
+from lowmem.optim.rule import Direction, Factors
 
 
-def write_dense_(
-    weight: Tensor, direction: Tensor, *, lr: float, weight_decay: float, generator: torch.Generator | None
+def write_(
+    weight: Tensor, direction: Direction, *, lr: float, weight_decay: float, generator: torch.Generator | None
 ) -> None:
-    """Subtract a direction of the weight's shape. `generator` rounds bfloat16 stochastically, None to nearest."""
+    """Subtract lr * direction and decay. `generator` rounds bfloat16 stochastically, None to nearest."""
+    if isinstance(direction, Factors):
+        _write_factors_(weight, direction, lr=lr, weight_decay=weight_decay, generator=generator)
+        return
     wide = weight.float() if weight.dtype != torch.float64 else weight
     if weight_decay:
         wide.mul_(1 - lr * weight_decay)
@@ -25,7 +28,7 @@ def write_dense_(
     _store_(weight, wide, generator)
 
 
-def write_factors_(
+def _write_factors_(
     weight: Tensor,  # (..., rows, columns)
     factors: Factors,
     *,
@@ -37,7 +40,7 @@ def write_factors_(
     if weight.dim() > 2:
         for index in range(weight.shape[0]):
             each = Factors(factors.left[index], factors.right[index], factors.scale)
-            write_factors_(weight[index], each, lr=lr, weight_decay=weight_decay, generator=generator)
+            _write_factors_(weight[index], each, lr=lr, weight_decay=weight_decay, generator=generator)
         return
     keep, subtract = 1 - lr * weight_decay, -lr * factors.scale
     if weight.dtype == torch.float32:

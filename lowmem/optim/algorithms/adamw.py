@@ -37,7 +37,13 @@ class AdamW(LowMemOptimizer):
         seed: Seed = 0,
     ):
         settings = dict(
-            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, storage=storage, rounding=rounding, seed=seed
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            storage=storage,
+            rounding=rounding,
+            seed=seed,
         )
         super().__init__(params, settings)
 

@@ -48,11 +48,15 @@ class GaLore(LowMemOptimizer):
         betas: Betas = (0.9, 0.999),
         eps: Eps = 1e-8,
         weight_decay: WeightDecay = 0.0,
-        rank: Annotated[int | None, Range(at_least=1), "dimension of the subspace; None for plain Adam"] = 128,
+        rank: Annotated[
+            int | None, Range(at_least=1), "dimension of the subspace; None for plain Adam"
+        ] = 128,
         scale: Annotated[float, Range(above=0), "factor of the low-rank step (alpha in the paper)"] = 1.0,
         refresh_every: Annotated[int, Range(at_least=1), "steps between two bases (T in the paper)"] = 200,
         projection: Annotated[Literal["subspace", "svd"], "how the basis is found"] = "subspace",
-        on_refresh: Annotated[Literal["keep", "reset", "rotate"], "what happens to the moments at a refresh"] = "keep",
+        on_refresh: Annotated[
+            Literal["keep", "reset", "rotate"], "what happens to the moments at a refresh"
+        ] = "keep",
         storage: StorageSetting = None,
         rounding: Rounding = "stochastic",
         seed: Seed = 0,

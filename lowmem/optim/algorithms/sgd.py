@@ -31,7 +31,9 @@ class SGD(LowMemOptimizer):
         params: Iterable[Any],
         lr: LearningRate = 1e-3,
         *,
-        momentum: Annotated[float, Range(at_least=0, below=1), "decay of the running gradient; 0 keeps no state"] = 0.0,
+        momentum: Annotated[
+            float, Range(at_least=0, below=1), "decay of the running gradient; 0 keeps no state"
+        ] = 0.0,
         dampening: Annotated[float, Range(at_least=0, at_most=1), "part of a new gradient left out"] = 0.0,
         nesterov: Annotated[bool, "look ahead by one momentum step"] = False,
         weight_decay: WeightDecay = 0.0,

@@ -42,8 +42,12 @@ class SGDSaI(LowMemOptimizer):
         params: Iterable[Any],
         lr: LearningRate = 1e-2,
         *,
-        momentum: Annotated[float, Range(at_least=0, below=1), "decay of the running gradient; 0 keeps none"] = 0.9,
-        gsnr: Annotated[Literal["code", "paper"], "paper divides the ratios by the largest in the model"] = "code",
+        momentum: Annotated[
+            float, Range(at_least=0, below=1), "decay of the running gradient; 0 keeps none"
+        ] = 0.9,
+        gsnr: Annotated[
+            Literal["code", "paper"], "paper divides the ratios by the largest in the model"
+        ] = "code",
         weight_decay: WeightDecay = 1e-2,
         storage: StorageSetting = None,
         rounding: Rounding = "stochastic",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from lowmem.optim.projections.projection import Projection
 from lowmem.optim.projections.subspace import Subspace
 from lowmem.optim.projections.svd import Svd
 
-PROJECTIONS = {"subspace": Subspace(), "svd": Svd()}
+PROJECTIONS: dict[str, Projection] = {"subspace": Subspace(), "svd": Svd()}
 """By the name a recipe uses."""

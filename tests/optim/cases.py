@@ -1,0 +1,82 @@
+"""The settings each registered optimizer is tested with, and gradients to test it on.
+
+A new optimizer adds its settings to SETTINGS; without an entry it runs with its defaults.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lowmem.optim.registry import OPTIMIZERS, optimizer_class
+
+SETTINGS: dict[str, list[dict]] = {
+    "adamw": [{"weight_decay": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-4}],
+    "sgd": [
+        {},
+        {"momentum": 0.9, "weight_decay": 0.1},
+        {"momentum": 0.9, "nesterov": True},
+        {"momentum": 0.5, "dampening": 0.3},
+    ],
+    "sgd_sai": [{}, {"gsnr": "paper", "lr": 0.2}, {"momentum": 0.0, "weight_decay": 0.0}],
+    "galore": [
+        {"rank": 4, "refresh_every": 7, "projection": "svd", "weight_decay": 0.1},
+        {"rank": 4, "refresh_every": 7, "projection": "subspace", "scale": 0.25},
+        {"rank": 4, "refresh_every": 7, "projection": "subspace", "on_refresh": "reset"},
+        {"rank": 4, "refresh_every": 7, "projection": "subspace", "on_refresh": "rotate"},
+    ],
+}
+
+LR = {"adamw": 1e-2, "sgd": 1e-2, "sgd_sai": 1e-2, "galore": 1e-2}
+
+# Wide, tall, square, GQA-like, a row, a vector, one entry, a batch of expert matrices. A smaller side of
+# at most rank + 16 makes the randomised subspace exact, so that it can be held against an SVD.
+SHAPES = [(12, 20), (20, 12), (16, 16), (6, 18), (1, 9), (13,), (1,), (3, 10, 14)]
+
+CASES = [
+    (name, {"lr": LR.get(name, 1e-2), **settings})
+    for name in OPTIMIZERS
+    for settings in SETTINGS.get(name, [{}])
+]
+
+
+def case_id(case: tuple[str, dict]) -> str:
+    name, settings = case
+    return name + "".join(f"-{key}={value}" for key, value in settings.items())
+
+
+def make(case: tuple[str, dict], params, **changes):
+    """The optimizer of a case over `params`, with some settings changed."""
+    name, settings = case
+    return optimizer_class(name)(params, **{**settings, **changes})
+
+
+def weights(dtype: torch.dtype = torch.float32, shapes=SHAPES) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def gradients(step: int, dtype: torch.dtype = torch.float32, shapes=SHAPES) -> list[torch.Tensor]:
+    """Gradients with well separated singular values, so that two correct decompositions agree."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    return [
+        separated(torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype) for shape in shapes
+    ]
+
+
+def separated(g: torch.Tensor) -> torch.Tensor:
+    if g.dim() < 2:
+        return g
+    U, S, Vh = torch.linalg.svd(g, full_matrices=False)
+    return (U * 0.7 ** torch.arange(S.shape[-1])) @ Vh * 3
+
+
+def as_parameters(tensors: list[torch.Tensor]) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(tensor.clone()) for tensor in tensors]
+
+
+def run(optimizer, params, steps, dtype=torch.float32, shapes=SHAPES) -> None:
+    """Steps `steps` (an iterable of step numbers) with the gradients of those numbers."""
+    for step in steps:
+        for param, grad in zip(params, gradients(step, dtype, shapes), strict=True):
+            param.grad = grad
+        optimizer.step()

@@ -1,0 +1,155 @@
+"""build_optimizer gives every trainable parameter of a model to exactly one rule, chosen by module."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from lowmem.optim import build_optimizer
+from lowmem.optim.build import describe_groups
+from lowmem.optim.registry import OPTIMIZERS
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def llama(**changes):
+    config = dict(
+        vocab_size=50, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**{**config, **changes}))
+
+
+def names_by_algorithm(model, optimizer):
+    name_of = {param: name for name, param in model.named_parameters()}
+    found = {}
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            found.setdefault(group["algorithm"], set()).add(name_of[param])
+    return found
+
+
+def test_galore_takes_attention_and_mlp_and_the_rest_falls_back():
+    model = llama()
+    found = names_by_algorithm(model, build_optimizer(model, "galore", lr=1e-3, rank=4))
+    layers = {name for name, param in model.named_parameters() if ".layers." in name and param.dim() == 2}
+    assert found["galore"] == layers
+    assert found["adamw"] == {name for name, _ in model.named_parameters()} - layers
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_trainable_parameter_is_in_exactly_one_group(name):
+    model = llama()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    optimizer = build_optimizer(model, name, lr=1e-3)
+    members = [param for group in optimizer.param_groups for param in group["params"]]
+    assert len(members) == len(set(members))
+    assert set(members) == {param for param in model.parameters() if param.requires_grad}
+
+
+def test_a_tied_embedding_appears_once_and_never_as_a_matrix_even_when_targeted():
+    model = llama(tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="target 'lm_head' matches no linear layer"):
+        build_optimizer(model, "galore", lr=1e-3, rank=4, target=["attn", "lm_head"])
+    optimizer = build_optimizer(model, "galore", lr=1e-3, rank=4)
+    places = [
+        group["algorithm"]
+        for group in optimizer.param_groups
+        for param in group["params"]
+        if param is model.lm_head.weight
+    ]
+    assert places == ["adamw"]
+
+
+def test_norms_and_biases_are_not_decayed():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    optimizer = build_optimizer(model, "adamw", lr=1e-3, weight_decay=0.1)
+    for group in optimizer.param_groups:
+        assert all((param.dim() >= 2) == (group["weight_decay"] == 0.1) for param in group["params"])
+
+
+def test_the_fallback_has_its_own_settings_and_takes_the_main_lr_by_default():
+    model = llama()
+    optimizer = build_optimizer(
+        model,
+        "galore",
+        lr=1e-3,
+        rank=4,
+        weight_decay=0.1,
+        fallback={"name": "sgd", "momentum": 0.5, "lr": 0.2},
+    )
+    by_algorithm = {group["algorithm"]: group for group in optimizer.param_groups}
+    assert by_algorithm["sgd"]["lr"] == 0.2
+    assert by_algorithm["sgd"]["momentum"] == 0.5
+    assert "rank" not in by_algorithm["sgd"]
+    plain = build_optimizer(model, "galore", lr=1e-3, rank=4, weight_decay=0.1)
+    assert all(group["lr"] == 1e-3 for group in plain.param_groups)
+    assert {group["weight_decay"] for group in plain.param_groups} == {0.1, 0.0}
+    with pytest.raises(ValueError, match="fallback sgd has no setting 'rank'"):
+        build_optimizer(model, "galore", lr=1e-3, fallback={"name": "sgd", "rank": 3})
+
+
+def test_expert_weights_of_a_mixture_are_matrices():
+    config = MixtralConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=44, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=3, max_position_embeddings=64,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    optimizer = build_optimizer(model, "galore", lr=1e-3, rank=4)
+    found = names_by_algorithm(model, optimizer)
+    experts = {name for name, param in model.named_parameters() if param.dim() == 3}
+    assert experts
+    assert experts <= found["galore"]
+    model(input_ids=torch.arange(20)[None], labels=torch.arange(20)[None]).loss.backward()
+    optimizer.step()
+    assert all(param.isfinite().all() for param in model.parameters())
+
+
+def test_a_target_without_a_match_lists_near_names():
+    with pytest.raises(
+        ValueError, match=r"target 'attention' matches no linear layer of the model.*self_attn"
+    ):
+        build_optimizer(llama(), "galore", lr=1e-3, target=["attention"])
+
+
+def test_a_frozen_model_is_an_error():
+    model = llama().requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        build_optimizer(model, "adamw", lr=1e-3)
+
+
+def test_groups_are_described_with_their_counts():
+    model = llama()
+    text = describe_groups(build_optimizer(model, "galore", lr=1e-3, rank=4))
+    matrices = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and p.dim() == 2)
+    assert f"galore: 14 tensors, {matrices:,} parameters, lr 0.001" in text
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_small_llama_learns_one_batch(name):
+    torch.manual_seed(0)
+    model = llama(tie_word_embeddings=True)
+    lr = {"sgd": 0.5, "sgd_sai": 5e-3}.get(name, 1e-2)
+    settings = {"galore": {"rank": 4}, "sgd": {"momentum": 0.9}}.get(name, {})
+    optimizer = build_optimizer(model, name, lr=lr, **settings)
+    batch = torch.randint(0, 50, (4, 16))
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_the_table_recipes_are_checked_against_is_the_one_the_code_gives():
+    script = runpy.run_path(str(ROOT / "scripts" / "make_optimizer_table.py"))
+    assert json.loads(script["TABLE"].read_text()) == json.loads(script["optimizer_table"]())
