@@ -1,0 +1,66 @@
+"""The tensors of a training step whose part is known: weights, gradients and optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.memory.ledger import ALLOCATION_BYTES, Part, rounded
+
+
+def owned_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[tuple[Part, Tensor]]:
+    """Every tensor the model and the optimizer hold now; one storage may come several times."""
+    params = {id(param): param for param in model.parameters()}
+    if optimizer is not None:
+        params.update({id(p): p for group in optimizer.param_groups for p in group["params"]})
+    for param in params.values():
+        yield "weights", param
+    for buffer in model.buffers():
+        yield "weights", buffer
+    for param in params.values():
+        if param.grad is not None:
+            yield "gradients", param.grad
+    if optimizer is not None:
+        for tensor in _tensors_in(optimizer.state):
+            yield "optimizer_state", tensor
+
+
+def owned_bytes(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, device: torch.device
+) -> dict[Part, int]:
+    """Bytes of these tensors on `device` as its allocator rounds them; a shared storage counts once."""
+    seen: set[int] = set()
+    total: dict[Part, int] = {"weights": 0, "gradients": 0, "optimizer_state": 0}
+    for part, tensor in owned_tensors(model, optimizer):
+        for storage in storages_of(tensor):
+            if tensor.device == device and storage._cdata not in seen:
+                seen.add(storage._cdata)
+                total[part] += rounded(storage.nbytes(), ALLOCATION_BYTES)
+    return total
+
+
+def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """One storage of an ordinary tensor, two of a sparse one (indices and values).
+
+    Raises ValueError for a layout without storages, such as mkldnn's.
+    """
+    if tensor.layout is torch.strided:
+        return [tensor.untyped_storage()]
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices().untyped_storage(), tensor._values().untyped_storage()]
+    raise ValueError(f"the bytes of {tensor.layout} tensors cannot be counted")
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Tensors inside mappings, lists and tuples, which is how optimizers keep their state."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _tensors_in(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _tensors_in(inner)
