@@ -113,7 +113,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
         for tile in ctx.tiles:
             with torch.autocast(**ctx.autocast):
                 if ctx.keeps_tile:
-                    dz = kept * scale.to(kept.dtype)
+                    # In fp32: a scale rounded to bf16 would bend every gradient the same way.
+                    dz = (_upcast(kept) * scale).to(kept.dtype)
                 else:
                     z = linear(x, weight[tile], None if bias is None else bias[tile])
                     dz = _logit_grad(z, ctx.functions, kept, log_sum_exp, tile, scale)
