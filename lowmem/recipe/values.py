@@ -66,7 +66,9 @@ def read_value(annotation: Any, limits: Limits, node: Node) -> Any:
 
 def expected(annotation: Any, limits: Limits) -> str:
     """What a key accepts, in words that complete 'it must be ...'."""
-    return " or ".join(_expected_one(member, limits) for member in members_of(annotation))
+    members = members_of(annotation)
+    words = " or ".join(_expected_one(member, limits) for member in members if member is not type(None))
+    return f"{words}, or null" if type(None) in members else words
 
 
 def members_of(annotation: Any) -> tuple[Any, ...]:
@@ -126,8 +128,6 @@ def _number(kind: Any, limits: Limits, node: Node) -> int | float:
 
 
 def _expected_one(kind: Any, limits: Limits) -> str:
-    if kind is type(None):
-        return "null"
     if kind is str:
         return "text"
     if kind is bool:
