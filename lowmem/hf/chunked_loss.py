@@ -101,11 +101,14 @@ def chunked_loss_agrees(model: nn.Module, batch: Mapping[str, Tensor]) -> str | 
 
     batch: what the model is called with, `input_ids` (B, S) and what goes with them; its labels are not used.
     Returns None when the loss and its gradients at the head agree, otherwise in words why the model should
-    keep its own loss. Gradients, training flags and whether the model is patched stay as they were.
+    keep its own loss; that covers what `use_chunked_loss` refuses. Gradients, training flags and whether the model is patched stay as they were.
     """
-    head = causal_model(model).get_output_embeddings()
-    was_patched = isinstance(head, DeferringHead)
-    use_chunked_loss(model, tile_bytes=head.tile_bytes if was_patched else TILE_BYTES)
+    try:
+        head = causal_model(model).get_output_embeddings()
+        was_patched = isinstance(head, DeferringHead)
+        use_chunked_loss(model, tile_bytes=head.tile_bytes if was_patched else TILE_BYTES)
+    except RefusedError as refusal:
+        return str(refusal)
     try:
         with eval_mode(model), torch.enable_grad():
             for extra in _loss_arguments(model):

@@ -38,7 +38,8 @@ def add_lora(model: PreTrainedModel, recipe: LoraRecipe, *, seed: int = 0) -> Pe
         bias="none",
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(), _without_peft_deprecations():
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), _without_peft_deprecations():
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
     adapted.enable_input_require_grads()

@@ -259,6 +259,7 @@ def test_a_head_that_is_not_plainly_linear_is_refused() -> None:
     model.lm_head = HeadOfAnotherKind(16, 199, bias=False)
     with pytest.raises(RefusedError, match=r"LlamaForCausalLM is HeadOfAnotherKind.*train\.loss: plain"):
         use_chunked_loss(model)
+    assert "HeadOfAnotherKind" in str(chunked_loss_agrees(model, tiny_batch()))
     with pytest.raises(RefusedError, match="no output embedding"):
         use_chunked_loss(model.model)
 
