@@ -36,13 +36,13 @@ class BadRows:
 
     def stop_if_any(self) -> None:
         """Under `error`, raise RecipeError with the first problems and how many more there are."""
-        if self.policy == "error" and self.count:
-            raise RecipeError(
-                [
-                    *_first(self.lines + self.untrainable),
-                    f"{self.where}: mend these rows, or set data.on_bad_row: skip to leave them out.",
-                ]
-            )
+        if self.policy == "skip" or not self.count:
+            return
+        cure = "mend these rows"
+        if self.untrainable:
+            cure += ", change data.template, data.max_length or data.on_too_long"
+        listed = _first(self.lines + self.untrainable)
+        raise RecipeError([*listed, f"{self.where}: {cure}, or set data.on_bad_row: skip to leave them out."])
 
     def stop_if_too_many_untrainable(self, num_rows: int) -> None:
         """Raise RecipeError when more than a tenth of the well-formed rows teach nothing."""

@@ -80,6 +80,8 @@ def _list_elements(name: str, text: str, start: int) -> Iterator[Found]:
         position = _skip(text, end)
         if text[position : position + 1] == ",":
             position = _skip(text, position + 1)
+            if text[position : position + 1] == "]":
+                raise _syntax_error(name, text, position, f"a comma behind row {number}, but no row after it")
         elif text[position : position + 1] != "]":
             raise _syntax_error(name, text, position, f"expected , or ] after row {number}")
     rest = _skip(text, position + 1)

@@ -91,7 +91,7 @@ def _answer_ranges(
     for index, place in zip(chosen, places, strict=True):
         before, found, rest = rest.partition(place)
         if not found or place in rest:
-            word = "repeats" if found else "leaves out"
+            word = "repeats" if found else "leaves out or changes"
             raise RowError(f"the template {template.name} {word} assistant turn {index + 1}")
         around.append(before)
     around.append(rest)

@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
+
+from lowmem.data.bad_rows import RowError
+from lowmem.data.example import IGNORED
+from lowmem.data.masking import Masked, masked
+from lowmem.data.pieces import PieceTokenizer
+from lowmem.data.rendering import ChatTemplate
+from lowmem.data.turns import rendered
+from tests.data import small_tokenizers
+from tests.data.small_tokenizers import EXACT
+from tests.data.written import WRITTEN
+
+PIECES = {name: PieceTokenizer(make()) for name, make in EXACT.items()}
+FRAGMENTS = st.one_of(
+    st.sampled_from(
+        ["Hello", " ", "\n", "\n\n", "cat", "42", ":", "Answer", "user\n", "[INST]", "<|im", "|>", "é", "😀"]
+    ),
+    st.sampled_from(
+        ["e\u0301", "###", "\t", "\u3000", "assistant", "{{ x }}", "{% if %}", "<think>", "a", "\r\n", "ﬁ"]
+    ),
+    st.text(st.characters(codec="utf-8"), max_size=3),
+)
+TEXTS = st.lists(FRAGMENTS, min_size=1, max_size=6).map("".join).filter(lambda text: bool(text.strip()))
+SPECIAL = ["<s>", "</s>", "<unk>", "<eos>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[dict[str, str]]:
+    messages = [{"role": "system", "content": draw(TEXTS)}] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        messages += [{"role": "user", "content": draw(TEXTS)}, {"role": "assistant", "content": draw(TEXTS)}]
+    assume(not any(token in m["content"] for m in messages for token in SPECIAL))
+    return messages
+
+
+def mask(
+    pieces: PieceTokenizer,
+    template: ChatTemplate,
+    messages: list[dict[str, str]],
+    train_on: str = "assistant",
+) -> Masked:
+    conversation = rendered(template, messages, only_last=train_on != "assistant")
+    (found,) = masked(pieces, [conversation], train_on)  # type: ignore[arg-type]
+    if isinstance(found, RowError):
+        raise found
+    return found
+
+
+def trained_runs(tokenizer: PreTrainedTokenizerBase, found: Masked) -> list[str]:
+    """What is trained, each stretch decoded by itself."""
+    pairs = zip(found.example.input_ids, found.example.labels, strict=True)
+    runs = [
+        (trained, [i for i, _ in run]) for trained, run in itertools.groupby(pairs, lambda p: p[1] != IGNORED)
+    ]
+    return [tokenizer.decode(ids) for trained, ids in runs if trained]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(messages=conversations(), kind=st.sampled_from(sorted(EXACT)), name=st.sampled_from(sorted(WRITTEN)))
+def test_labelled_tokens_decode_to_exactly_the_answers_and_their_ends(messages, kind, name):
+    tokenizer = EXACT[kind]()
+    parts = WRITTEN[name](messages, tokenizer.bos_token or "", tokenizer.eos_token)
+    found = mask(PIECES[kind], ChatTemplate(name, tokenizer), messages)
+    expected = [text for text, trained in parts if trained]
+    runs = trained_runs(tokenizer, found)
+    if kind in ("llama", "metaspace"):  # their decoders remove a space at the beginning of any text
+        runs, expected = [run.lstrip(" ") for run in runs], [text.lstrip(" ") for text in expected]
+    assert runs == expected
+    # nothing else is changed: all tokens together read like the template's text tokenised in one go
+    text = "".join(text for text, _ in parts)
+    if name in ("plain", "chatml", "alpaca") and kind == "llama":
+        text = tokenizer.bos_token + text
+    text = text if parts[-1][1] else text.removesuffix(parts[-1][0])
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(found.example.input_ids) == tokenizer.decode(whole)
+    assert found.answer == messages[-1]["content"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(messages=conversations(), kind=st.sampled_from(sorted(EXACT)), name=st.sampled_from(sorted(WRITTEN)))
+def test_the_trained_answer_follows_the_very_prompt_generation_would_use(messages, kind, name):
+    messages = [m for m in messages if m["role"] == "system"] + messages[-2:]
+    template = ChatTemplate(name, EXACT[kind]())
+    found = mask(PIECES[kind], template, messages)
+    assert found.prompt_ids == template.prompt_ids(messages[:-1])
+    assert found.example.input_ids[: len(found.prompt_ids)] == found.prompt_ids
+
+
+WORDS = st.lists(st.sampled_from(["Hello", "the cat", "42.", "why?", "ok"]), min_size=1, max_size=5).map(
+    " ".join
+)
+MARKED = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    pairs=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3),
+    kind=st.sampled_from(["byte_level", "chat", "llama", "metaspace"]),
+)
+def test_marked_templates_get_the_mask_transformers_makes(tmp_path_factory, pairs, kind):
+    tokenizer = EXACT[kind]()
+    messages = []
+    for question, answer in pairs:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    path = tmp_path_factory.mktemp("template") / "marked.jinja"
+    path.write_text(MARKED)
+    found = mask(PIECES[kind], ChatTemplate(str(path), tokenizer), messages)
+    theirs = tokenizer.apply_chat_template(
+        messages, chat_template=MARKED, return_dict=True, return_assistant_tokens_mask=True
+    )
+    length = len(found.example.input_ids)  # theirs also has the line end behind the last turn
+    assert theirs["input_ids"][:length] == found.example.input_ids
+    assert set(theirs["assistant_masks"][length:]) <= {0}
+    assert [int(label != IGNORED) for label in found.example.labels] == theirs["assistant_masks"][:length]
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "chat"])
+def test_tokens_equal_tokenising_the_whole_text_where_nothing_merges_across_a_cut(kind):
+    tokenizer = EXACT[kind]()
+    messages = [
+        {"role": "user", "content": "Hello, how are you?"},
+        {"role": "assistant", "content": "Well."},
+    ] * 2
+    template = ChatTemplate("plain", tokenizer)
+    whole = tokenizer(template.render(messages), add_special_tokens=False)["input_ids"]
+    assert mask(PIECES[kind], template, messages).example.input_ids == whole
+
+
+def test_a_merge_across_the_beginning_of_the_answer_is_undone():
+    tokenizer = small_tokenizers.byte_level_across_words()
+    messages = [{"role": "user", "content": "42."}, {"role": "assistant", "content": "Answer: 42"}]
+    whole = tokenizer("42.\nAnswer: 42<eos>", add_special_tokens=False)["input_ids"]
+    prompt = tokenizer("42.\n", add_special_tokens=False)["input_ids"]
+    assert whole[: len(prompt)] != prompt  # this tokenizer does merge there
+    found = mask(PIECES["byte_level_across_words"], ChatTemplate("plain", tokenizer), messages)
+    assert found.prompt_ids == prompt
+    assert trained_runs(tokenizer, found) == ["Answer: 42<eos>"]
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "last_turn", "all"])
+def test_train_on_chooses_the_turns(train_on):
+    tokenizer = small_tokenizers.chat()
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+    found = mask(PIECES["chat"], ChatTemplate("auto", tokenizer), messages, train_on)
+    whole = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n" * 2
+    expected = {
+        "assistant": ["b<|im_end|>", "b<|im_end|>"],
+        "last_turn": ["b<|im_end|>"],
+        "all": [whole.removeprefix("<|im_start|>")],
+    }
+    assert trained_runs(tokenizer, found) == expected[train_on]
+    assert found.example.labels[0] == IGNORED
+    assert found.answer == "b"
+    assert tokenizer.decode(found.prompt_ids).endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+def own_template(tmp_path, source: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    path = tmp_path / "own.jinja"
+    path.write_text(source)
+    return ChatTemplate(str(path), tokenizer)
+
+
+ASK = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": " Because. \n"}]
+
+
+@pytest.mark.parametrize(
+    ("source", "trained"),
+    [
+        ("{% for m in messages %}{{ m.content | trim }};{% endfor %}", "Because.;"),
+        ("{% for m in messages %}{{ m.content }}<end>  \n\n{% endfor %}", " Because. \n<end>"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}", " Because. \n<|endoftext|>"),
+        (
+            "{% for m in messages %}{{ '[A]' if m.role == 'assistant' }}{{ m.content }}.{% endfor %}",
+            " Because. \n.",
+        ),
+        (
+            "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}<end>\n{% endfor %}",
+            None,
+        ),
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}"
+            "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}<end>\n{% endfor %}",
+            " Because. \n<end>",
+        ),
+        ("{% for m in messages %}{{ m.content | upper }};{% endfor %}", None),
+        ("{% for m in messages %}{{ m.content }}{{ m.content }};{% endfor %}", None),
+        ("{{ messages[0].content }};", None),
+        ("{% for m in messages %}{{ m.content | replace('e', 'E') }};{% endfor %}", None),
+        ("{{ raise_exception('no ' ~ messages[1].content | trim) }}", None),
+    ],
+)
+def test_own_templates_are_proven_or_named_as_the_problem(tmp_path, source, trained):
+    tokenizer = small_tokenizers.byte_level()
+    template = own_template(tmp_path, source, tokenizer)
+    if trained is None:
+        with pytest.raises(RowError, match=r"template .*own\.jinja"):
+            mask(PIECES["byte_level"], template, ASK)
+    else:
+        assert trained_runs(tokenizer, mask(PIECES["byte_level"], template, ASK)) == [trained]
+
+
+# the way of reasoning models: thoughts of earlier turns are removed, the last turn always has a block
+REASONING = (
+    "{% for m in messages %}{% set answer = m.content.split('</think>')[-1].lstrip() %}"
+    "{{ '<|im_start|>' + m.role + '\\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}"
+    "{{ '<think>\\n' }}{{ m.content.split('</think>')[0].split('<think>')[-1].strip() if '</think>' in m.content }}"
+    "{{ '\\n</think>\\n\\n' }}{% endif %}"
+    "{{ answer + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def test_reasoning_is_trained_as_the_template_writes_it(tmp_path):
+    tokenizer = small_tokenizers.chat()
+    template = own_template(tmp_path, REASONING, tokenizer)
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nb"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "<think>\nso\n</think>\n\nd"},
+    ]
+    last = "<think>\nso\n</think>\n\nd<|im_end|>"
+    assert trained_runs(tokenizer, mask(PIECES["chat"], template, messages, "last_turn")) == [last]
+    assert trained_runs(tokenizer, mask(PIECES["chat"], template, messages)) == ["b<|im_end|>", last]
+    messages[-1]["content"] = "d"
+    empty = "<think>\n\n</think>\n\nd<|im_end|>"
+    assert trained_runs(tokenizer, mask(PIECES["chat"], template, messages, "last_turn")) == [empty]
+
+
+def test_a_template_that_drops_the_reasoning_is_a_problem(tmp_path):
+    source = REASONING.replace("{% if m.role == 'assistant' and loop.last %}", "{% if false %}").replace(
+        "'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\n<think>\\n'"
+    )
+    template = own_template(tmp_path, source, small_tokenizers.chat())
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nb"},
+    ]
+    with pytest.raises(RowError, match=r"own\.jinja changes the reasoning before the answer of turn 2"):
+        mask(PIECES["chat"], template, messages)
+
+
+def test_a_token_that_swallows_white_space_is_not_cut_from_it():
+    tokenizer = small_tokenizers.swallowing()
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+    template = ChatTemplate("chatml", tokenizer)
+    found = mask(PieceTokenizer(tokenizer), template, messages)
+    text = template.render(messages)
+    assert found.example.input_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert trained_runs(tokenizer, found) == ["b<|im_end|>", "b<|im_end|>"]
+
+
+def test_texts_a_tokenizer_does_not_keep_are_no_wrong_masks():
+    for make in (small_tokenizers.composing, small_tokenizers.characters):
+        tokenizer = make()
+        messages = [
+            {"role": "user", "content": "caf\u0065\u0301"},
+            {"role": "assistant", "content": "e\u0301 z"},
+        ]
+        found = mask(PieceTokenizer(tokenizer), ChatTemplate("plain", tokenizer), messages)
+        alone = tokenizer("e\u0301 z<eos>", add_special_tokens=False)["input_ids"]
+        assert [label for label in found.example.labels if label != IGNORED] == alone
+
+
+def test_a_tokenizer_that_changes_the_answer_behind_its_prompt_is_caught(monkeypatch):
+    tokenizer = small_tokenizers.byte_level()
+    pieces = PieceTokenizer(tokenizer)
+    cut = pieces.cut
+
+    def one_token_less(texts):
+        return [[ids[:-1] for ids in row] for row in cut(texts)]
+
+    monkeypatch.setattr(pieces, "cut", one_token_less)
+    with pytest.raises(RowError, match=r"the trained tokens would read ' Because\. \\n' and not"):
+        mask(pieces, ChatTemplate("plain", tokenizer), ASK)
