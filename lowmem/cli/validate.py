@@ -36,7 +36,9 @@ def run(arguments: Sequence[str]) -> int:
 def _summary(recipe: Recipe) -> list[tuple[str, str]]:
     trained = "every parameter trained" if recipe.lora is None else f"LoRA adapters of rank {recipe.lora.r}"
     train = recipe.train
-    length = f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs"
+    length = f"{train.epochs:g} epoch{'' if train.epochs == 1 else 's'}"
+    if train.max_steps:
+        length = f"{train.max_steps} steps"
     batch = f"{train.per_device_batch_size} x {train.gradient_accumulation_steps} sequences a step and device"
     settings = ", ".join(f"{name} {value}" for name, value in recipe.optimizer.settings.items())
     held_out = f"; held out: {_source(recipe.data.eval)}" if recipe.data.eval else "; no held-out rows"
@@ -44,7 +46,7 @@ def _summary(recipe: Recipe) -> list[tuple[str, str]]:
         ("model", f"{recipe.model.name_or_path}, {recipe.model.dtype}, {trained}"),
         ("data", f"{_source(recipe.data.train)}{held_out}"),
         ("optimizer", f"{recipe.optimizer.name}: {settings}"),
-        ("length", f"{length}, {batch}, up to {recipe.data.max_length} tokens each"),
+        ("length", f"{length}, {batch}, each up to {recipe.data.max_length} tokens"),
         ("run folder", str(recipe.save.dir)),
     ]
 

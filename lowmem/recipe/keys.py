@@ -72,12 +72,13 @@ def _meant(section: str, key: str, is_section: bool, allowed: list[str]) -> str 
     others = [dotted for dotted in every_dotted_key() if dotted.rpartition(".")[0] != section]
     elsewhere = [dotted for dotted in others if dotted.rpartition(".")[2] == key]
     typo = closest(key, allowed, cutoff=0.8)
-    foreign = FOREIGN_NAMES.get(key.lower().replace("-", "_"))
+    plain = key.lower().replace("-", "_")
+    foreign = FOREIGN_NAMES.get(f"{section}.{plain}") or FOREIGN_NAMES.get(plain)
     if is_section:  # `optim:` with keys under it is a misspelt section, not the other tools' optim
         return here(typo) or here(closest(key, allowed)) or foreign
     return (
-        here(typo)
-        or foreign
+        foreign
+        or here(typo)
         or " or ".join(elsewhere[:3])
         or here(closest(key, allowed))
         or closest_answer(key, {dotted.rpartition(".")[2]: dotted for dotted in others}, cutoff=0.75)

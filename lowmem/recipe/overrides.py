@@ -54,8 +54,9 @@ def _parsed(override: str, place: Place, problems: Problems) -> tuple[str, Node]
         try:
             return key, parse_value(text, place, problems)
         except RecipeError as error:
-            hint = f" Put text with special characters in quotes twice: '{key}=\"...\"'."
-            problems.add(place, str(error).removeprefix(f"{place}: ") + hint)
+            reason = str(error).removeprefix(f"{place}: ").split(". Put text")[0].removesuffix(".")
+            hint = f"Put text with special characters in quotes twice: '{key}=\"...\"'."
+            problems.add(place, f"{reason}. {hint}")
     return None
 
 

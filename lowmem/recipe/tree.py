@@ -66,7 +66,7 @@ def _composed(text: str, at: Any) -> yaml.Node | None:
             loader.dispose()
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
-        reason = f"the character {shown(chr(ord(error.character)))} is not allowed"
+        reason = f"the character {shown(chr(error.character))} is not allowed"
     except yaml.MarkedYAMLError as error:
         is_never_closed = "end" in (error.problem or "") and "stream" in (error.problem or "")
         mark = (is_never_closed and error.context_mark) or error.problem_mark or error.context_mark
@@ -85,14 +85,15 @@ def _in_plain_words(error: yaml.MarkedYAMLError) -> str:
         return "a line that is neither `key: value` nor part of a list. Is a colon missing"
     if "expected <block end>" in problem:
         return "this line is indented differently from the lines it belongs to"
-    if "expected a single document" in problem:
+    if "found another document" in problem:
         return "a second document (---). A recipe is one document"
     if "found undefined alias" in problem:
         return shown(problem) + ". Put text that begins with * in quotes"
     if "scanning a quoted scalar" in (error.context or ""):
         return "a quote that is never closed"
     if "parsing a flow" in (error.context or ""):
-        return "a [ or { that is never closed, or a comma missing between two entries"
+        opened = f" opened on line {error.context_mark.line + 1}" if error.context_mark else ""
+        return f"a [ or {{{opened} is never closed, or a comma is missing in it"
     context = f" {error.context}" if error.context else ""
     return shown(problem) + context
 
@@ -134,8 +135,8 @@ class _Builder:
             key = key_node.value
             value = replace(self.node(value_node), place=key_place)
             if key in first:
-                message = f"{shown(key)} is given twice in one section, first on line {first[key]}. Keep one."
-                self.problems.add(key_place, message)
+                where = "" if key_place.is_command_line else f", first on line {first[key]}"
+                self.problems.add(key_place, f"{shown(key)} is given twice in one section{where}. Keep one.")
                 continue
             first[key] = key_node.start_mark.line + 1
             if key_node.tag == TAG + "merge":
