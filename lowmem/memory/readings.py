@@ -42,7 +42,8 @@ def over_steps(readings: Sequence[Reading], source: Source, warnings: Sequence[s
     """The fullest step stands for all. Raises ValueError when no step was measured."""
     if not readings:
         raise ValueError("no step was measured: run at least one inside `with meter.step():`")
-    fullest = max(readings, key=lambda reading: reading.peak_bytes)
+    # Of equals the last: what libraries took for good in the first step is told from activations by then.
+    fullest = max(reversed(readings), key=lambda reading: reading.peak_bytes)
     reserved = [reading.reserved_bytes for reading in readings if reading.reserved_bytes is not None]
     return Measured(
         peak_bytes=fullest.peak_bytes,

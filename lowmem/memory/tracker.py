@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem.memory.ledger import ALLOCATION_BYTES, PHASES, Fullest, Ledger, Life, Part, Phase, rounded
@@ -34,7 +35,8 @@ Owners = Callable[[], Iterable[tuple[Part, Tensor]]]
 class ByteTracker(TorchDispatchMode):
     """Tracks one step: enter it, mark the phases, leave it, ask `fullest()`. Use a new one for each step.
 
-    `owners` names the tensors whose part is known; it is asked at the step's and each phase's ends.
+    `owners` names the tensors whose part is known; it is asked where the step and each phase begin and
+    end. Gradients that an optimizer consumes inside backward are known from its `step()`.
     The others are told apart by their lives:
 
     - activations: born in a forward phase and alive when that phase ends;
@@ -90,6 +92,7 @@ class ByteTracker(TorchDispatchMode):
             tracker._note_size(storage)
             return result
 
+        self._optimizer_hook = register_optimizer_step_pre_hook(self._before_update)
         # A resize of a bare storage is the one change of size that no operator announces.
         torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
         super().__enter__()
@@ -98,6 +101,7 @@ class ByteTracker(TorchDispatchMode):
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         torch.UntypedStorage.resize_ = self._plain_resize  # type: ignore[method-assign]
+        self._optimizer_hook.remove()
         self._ask_owners(born=True)
         self._living.clear()  # drops the weak references, and with them every callback into this object
 
@@ -151,6 +155,12 @@ class ByteTracker(TorchDispatchMode):
         entry = self._living.get(storage._cdata)
         if entry is not None:
             self._ledger.resized(entry[1], rounded(storage.nbytes(), self._round_to))
+
+    def _before_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._see(param.grad, born=True, part="gradients")
 
     def _ask_owners(self, *, born: bool) -> None:
         for part, tensor in self._owners():

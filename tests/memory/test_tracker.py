@@ -240,6 +240,24 @@ def test_accumulation_keeps_one_gradient_and_drops_each_micro_batchs():
     assert INPUTS * HIDDEN * FLOAT <= parts["temporary"] < 1.2 * INPUTS * HIDDEN * FLOAT
 
 
+def test_a_gradient_that_is_used_up_inside_backward_is_still_a_gradient():
+    model, inputs = network(), batch(2)
+    optimizers = {param: torch.optim.AdamW([param], fused=True) for param in model.parameters()}
+
+    def update(param: torch.Tensor) -> None:
+        optimizers[param].step()
+        optimizers[param].zero_grad()
+
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(update)
+    tracker = exact_tracker(model)
+    with tracker:
+        loss = model(inputs).sum()
+        with tracker.phase("backward"):
+            loss.backward()
+    assert tracker.fullest().parts["gradients"] == INPUTS * HIDDEN * FLOAT  # the largest, alone
+
+
 def test_a_batch_made_inside_the_step_is_other():
     model = network()
     tracker = exact_tracker(model)
