@@ -25,6 +25,7 @@ COLOURS: dict[Part, str] = {
 LABEL_COLOURS: dict[Part, str] = {"weights": "white", "optimizer_state": "white", "activations": "white"}
 INK, QUIET, TRAIN, HELD_OUT = "#222222", "#777777", "#0072B2", "#D55E00"
 DPI = 150
+BARS_WIDTH = 0.8  # of the picture; the totals stand in the rest
 
 
 @contextmanager
@@ -70,13 +71,13 @@ def plot_memory(document: dict[str, Any], path: Path) -> None:
                 end += f"  ({more:.2f}x)"
             axes.text(left, row, end, ha="left", va="center", color=INK, fontsize=9.5, fontweight="bold")
         axes.set_yticks(range(len(bars)), [title for title, _ in bars], fontsize=10)
-        axes.invert_yaxis()
+        axes.set_ylim(len(bars) - 0.45, -0.55)  # the first on top
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
-        axes.set_xlim(0, 1.25 * longest)
+        axes.set_xlim(0, longest / BARS_WIDTH)
         axes.spines["bottom"].set_bounds(0, longest)
         axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= longest])
-        axes.set_xlabel(f"peak memory, {unit[0]}", color=INK)
+        axes.set_xlabel(f"peak memory, {unit[0]}", color=INK, x=BARS_WIDTH / 2)
         _name_parts(axes, [account for _, account in bars])
         axes.set_title(
             _memory_title(document), loc="left", fontsize=11.5, fontweight="bold", color=INK, pad=26
@@ -129,8 +130,11 @@ def plot_loss(training: list[dict[str, Any]], evaluations: list[dict[str, Any]],
             ends += [(*end, f"{name} {end[1]:.3g}", colour) for end in last]
             _mark_not_finite(axes, steps, values, colour)
         _start_at_zero_when_near(axes)
+        if not ends:
+            axes.set_yticks([])
         _label_ends(axes, ends)
         axes.set_xlabel("optimizer step", color=INK)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("loss, nats per token", color=INK)
         axes.set_title("Loss", loc="left", fontsize=11.5, fontweight="bold", color=INK)
     return True
@@ -150,6 +154,7 @@ def plot_throughput(training: list[dict[str, Any]], path: Path) -> bool:
         _label_ends(axes, [(finite[-1][0], middle, f"median {middle:,.0f}", QUIET)])
         axes.set_ylim(0, 1.12 * max(value for _, value in finite) or 1)
         axes.set_xlabel("optimizer step", color=INK)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("tokens per second", color=INK)
         axes.yaxis.set_major_formatter(_thousands())
         axes.set_title("Throughput", loc="left", fontsize=11.5, fontweight="bold", color=INK)
@@ -167,7 +172,7 @@ def _mark_not_finite(axes: Any, steps: list[int], values: list[float], colour: s
         return
     edge = axes.get_xaxis_transform()
     axes.plot(broken, [0.97] * len(broken), "x", color=colour, markersize=6, transform=edge, clip_on=False)
-    axes.text(broken[0], 0.9, "NaN or infinite", color=colour, fontsize=8.5, transform=edge, ha="center")
+    axes.text(broken[0], 0.9, "NaN or infinite", color=colour, fontsize=8.5, transform=edge, ha="left")
 
 
 def _label_ends(axes: Any, ends: list[tuple[int, float, str, str]]) -> None:
