@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import textwrap
 from collections.abc import Iterable
@@ -10,7 +11,18 @@ from typing import Any
 
 
 def print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+    """JSON has no NaN or infinity; they are printed as the texts NaN, Infinity and -Infinity."""
+    print(json.dumps(_in_json(document), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _in_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _in_json(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_in_json(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)
+    return value
 
 
 def print_columns(rows: Iterable[tuple[str, str]], indent: int = 2) -> None:

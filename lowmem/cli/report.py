@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from lowmem.cli.arguments import Arguments
 from lowmem.cli.output import print_json
-from lowmem.errors import RecipeError
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -16,21 +13,17 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("runs", metavar="RUN_DIR", nargs="+", help="a run folder")
     parser.add_json()
     options = parser.read(arguments)
-    runs = [Path(run) for run in options.runs]
-    missing = [
-        f"{run}: is not a folder. Name the folder of a run (save.dir)." for run in runs if not run.is_dir()
-    ]
-    if missing:
-        raise RecipeError(missing)
     from lowmem.memory.report import table, write_report
+    from lowmem.memory.run_files import read_run
 
+    runs = {run: read_run(run) for run in options.runs}  # all of them, before the first report is written
     reports = {run: write_report(run) for run in runs}
     if options.json:
-        print_json([{"run": str(run), "report": str(report)} for run, report in reports.items()])
+        print_json([{"run": run, "report": str(report)} for run, report in reports.items()])
         return 0
     for run, report in reports.items():
-        memory = run / "memory.json"
-        if memory.is_file():
-            print(table(json.loads(memory.read_text(encoding="utf-8"))))
+        memory = runs[run].memory
+        if memory is not None:
+            print(table(memory))
         print(f"wrote {report}")
     return 0
