@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -339,3 +341,10 @@ def test_a_report_is_the_same_when_it_is_written_again(tmp_path):
     first = [(folder / name).read_bytes() for name in names]
     write_report(folder)
     assert [(folder / name).read_bytes() for name in names] == first
+
+
+def test_reports_are_written_without_torch():
+    program = (
+        "import sys, lowmem.memory.report; sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib')))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
