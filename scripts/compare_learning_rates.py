@@ -75,18 +75,12 @@ def run(name: str, lr: float, arguments: argparse.Namespace) -> float:
 def markdown(document: dict) -> str:
     """The document as a table."""
     lines = ["# Best learning rate of each method", "", document["what"], ""]
-    lines += [
-        "| method | "
-        + " | ".join("learning rate: held-out loss" for _ in range(1))
-        + " | best | against AdamW |"
-    ]
-    lines += ["|---|---|---|---|"]
+    lines += ["| method | learning rate: held-out loss | best | against AdamW |", "|---|---|---|---|"]
     for name, entry in document["methods"].items():
         losses = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in entry["losses"])
         edge = " (edge of the grid)" if entry["best_at_edge"] else ""
-        lines.append(
-            f"| {name} | {losses} | {entry['best_loss']:.4f} at {entry['best_lr']:g}{edge} | {entry['against_adamw']:+.2%} |"
-        )
+        best = f"{entry['best_loss']:.4f} at {entry['best_lr']:g}{edge}"
+        lines.append(f"| {name} | {losses} | {best} | {entry['against_adamw']:+.2%} |")
     return "\n".join([*lines, "", "Conditions: " + json.dumps(document["conditions"]), ""])
 
 
