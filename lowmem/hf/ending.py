@@ -1,0 +1,144 @@
+"""After the last step: the final model, the last evaluation, the memory report."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from lowmem.hf.baseline import measure_baselines
+from lowmem.hf.final_model import write_final_model
+from lowmem.hf.lora import merge
+from lowmem.hf.metrics import MetricsFile, Value, printable_number
+from lowmem.hf.recorded_batches import BatchRecorder
+from lowmem.hf.run_folder import RunFolder
+from lowmem.hf.setup import Run, Say
+from lowmem.memory.measure import Measured
+from lowmem.memory.report import memory_document, table, write_report
+
+
+def save_final_model(run: Run) -> None:
+    """Write <dir>/model when the recipe wants it; merged adapters replace the trained model in the run."""
+    if not run.recipe.save.model:
+        return
+    model = run.trainer.trained_model
+    if run.recipe.save.merge_lora and isinstance(model, PeftModel):
+        model = run.trainer.model = merge(model)
+    if run.is_main:
+        write_final_model(
+            model, run.tokenizer, run.folder.model, last_checkpoint=run.folder.newest_checkpoint()
+        )
+        run.say(f"model: {run.folder.model}")
+    run.trainer.accelerator.wait_for_everyone()
+
+
+def evaluate_at_the_end(run: Run) -> None:
+    if run.trainer.evaluator is not None and run.trainer.state.global_step not in run.trainer.evaluations:
+        run.trainer.evaluate()
+
+
+def conditions(run: Run) -> dict[str, Any]:
+    """What a number of memory.json depends on."""
+    recipe, train = run.recipe, run.recipe.train
+    params = list(run.trainer.trained_model.parameters())
+    return {
+        "model": recipe.model.name_or_path,
+        "parameters": sum(param.numel() for param in params),
+        "trained_parameters": sum(param.numel() for param in params if param.requires_grad),
+        "dtype": recipe.model.dtype,
+        "optimizer": recipe.optimizer.name,
+        "lora": recipe.lora is not None,
+        "sequence_length": run.batches.longest_sequence(),
+        "per_device_batch_size": train.per_device_batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "packing": recipe.data.packing,
+        "activation_checkpointing": train.activation_checkpointing,
+        "loss": train.loss,
+        "attn": recipe.model.attn,
+        "device": torch.cuda.get_device_name(run.args.device) if run.args.device.type == "cuda" else "cpu",
+        "world_size": run.args.world_size,
+        "torch": torch.__version__,
+    }
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is left of a run when its model has been let go."""
+
+    folder: RunFolder
+    measured: Measured | None
+    batches: BatchRecorder
+    conditions: dict[str, Any]
+    gpu_bytes: int | None
+    baseline: str
+    say: Say
+
+
+def let_go(run: Run) -> Findings:
+    """What the report needs. Who calls it must forget `run`, so that the baseline has the device for itself."""
+    device = run.args.device
+    findings = Findings(
+        folder=run.folder,
+        measured=run.watch.measured(),
+        batches=run.batches,
+        conditions=conditions(run),
+        gpu_bytes=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
+        baseline=run.recipe.report.baseline,
+        say=run.say,
+    )
+    run.trainer.accelerator.end_training()
+    return findings
+
+
+def report(findings: Findings) -> None:
+    """memory.json, report.md and the plots; the table and the evaluations are printed last."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if findings.measured is not None:
+        found: dict[str, Measured | str] = {}
+        if findings.baseline == "adamw":
+            findings.say("measuring AdamW on the same steps ...")
+            found = measure_baselines(findings.folder.recipe, findings.batches)
+        reasons = {name: f"not measured: {one}" for name, one in found.items() if isinstance(one, str)}
+        document = memory_document(
+            findings.measured,
+            {name: one for name, one in found.items() if isinstance(one, Measured)},
+            findings.conditions | reasons,
+            gpu_bytes=findings.gpu_bytes,
+        )
+        findings.folder.memory.write_text(json.dumps(document, indent=2), encoding="utf-8")
+    written = write_report(findings.folder.path)
+    if findings.folder.memory.is_file():
+        findings.say(table(json.loads(findings.folder.memory.read_text(encoding="utf-8"))))
+    for line in evaluation_lines(findings.folder.metrics):
+        findings.say(line)
+    findings.say(f"report: {written}")
+
+
+def evaluation_lines(metrics: MetricsFile) -> list[str]:
+    """The first evaluation against the last, one line a measure; only the last where there was one."""
+    rows = metrics.evaluations()
+    if not rows:
+        return []
+    first, last = rows[0], rows[-1]
+    lines = []
+    for name, title in (
+        ("eval_loss", "loss"),
+        ("eval_perplexity", "perplexity"),
+        ("exact_match", "exact match"),
+    ):
+        if last.get(name) is None:
+            continue
+        before = f"{shown(first[name])} (step {first['step']}) -> " if first is not last else ""
+        lines.append(f"held-out {title}: {before}{shown(last[name])} (step {last['step']})")
+    return lines
+
+
+def shown(value: Value) -> str:
+    value = printable_number(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

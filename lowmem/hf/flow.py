@@ -1,0 +1,92 @@
+"""The main job: from a recipe to a fine-tuned model and a report of the memory it took."""
+
+from __future__ import annotations
+
+import torch
+from transformers.trainer_callback import TrainerState
+
+from lowmem.errors import FaultError
+from lowmem.hf.ending import Findings, evaluate_at_the_end, let_go, report, save_final_model
+from lowmem.hf.interrupt import EXIT_CODE, Interrupt
+from lowmem.hf.run_folder import STATE_FILE, step_of
+from lowmem.hf.setup import Run, prepare_run
+from lowmem.memory.wording import size
+from lowmem.recipe.schema import Recipe
+
+DONE = 0
+
+
+def train(recipe: Recipe) -> int:
+    """Run `recipe`; 0 when it is done, 130 when it was interrupted with a checkpoint saved.
+
+    Raises RecipeError (exit code 2) for a recipe that is wrong, RefusedError (4) for a combination that
+    cannot work, FaultError (5) for a full disk, too little device memory or a loss that stays non-finite.
+    """
+    interrupt = Interrupt()
+    try:
+        code, findings = train_and_save(recipe, interrupt)
+        if findings is not None:
+            report(findings)
+    except torch.OutOfMemoryError as error:
+        raise FaultError(out_of_memory_advice(recipe, error)) from error
+    return code
+
+
+def train_and_save(recipe: Recipe, interrupt: Interrupt) -> tuple[int, Findings | None]:
+    """Everything but the report: the exit code and, on the main process of a run that is done, its findings.
+
+    Ctrl-C ends the set-up at once, and what comes after it in order.
+    """
+    run = prepare_run(recipe, interrupt)
+    with interrupt, run.watch.closed_at_the_end():
+        if not train_to_the_end(run):
+            return EXIT_CODE, None
+        save_final_model(run)
+        evaluate_at_the_end(run)
+        if run.stop.requested_anywhere(run.args):
+            run.say("interrupted after the last step; the report was not written. Run again to write it.")
+            return EXIT_CODE, None
+    findings = let_go(run)
+    return DONE, findings if run.is_main else None
+
+
+def train_to_the_end(run: Run) -> bool:
+    """False when the run was interrupted."""
+    trainer = run.trainer
+    if run.is_trained_already:
+        assert run.checkpoint is not None
+        run.say(f"trained to step {run.total_steps} already: {run.checkpoint}")
+        trainer._load_from_checkpoint(str(run.checkpoint))
+        trainer.state = TrainerState.load_from_json(str(run.checkpoint / STATE_FILE))
+        return True
+    if run.checkpoint is not None:
+        run.say(f"continuing from step {step_of(run.checkpoint)}: {run.checkpoint}")
+    elif run.recipe.eval.at_start and trainer.evaluator is not None:
+        trainer.evaluate()
+        if run.stop.requested_anywhere(run.args):
+            run.say("interrupted before the first step; there is nothing to save.")
+            return False
+    trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
+    if run.stop.granted:
+        run.say(f"interrupted at step {trainer.state.global_step}; saved {run.folder.newest_checkpoint()}")
+        run.say("Run the same command again to continue.")
+        return False
+    return True
+
+
+def out_of_memory_advice(recipe: Recipe, error: torch.OutOfMemoryError) -> str:
+    """What to change, nearest first, of what the recipe has not done yet."""
+    advice = []
+    if not recipe.train.activation_checkpointing:
+        advice.append("train.activation_checkpointing=true")
+    if recipe.train.loss != "chunked":
+        advice.append("train.loss=chunked")
+    if recipe.train.per_device_batch_size > 1:
+        advice.append("a smaller train.per_device_batch_size with more train.gradient_accumulation_steps")
+    advice.append(f"a data.max_length below {recipe.data.max_length}")
+    if recipe.lora is None:
+        advice.append("lora: {r: 16}")
+    free_bytes, total_bytes = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
+    card = f" (the card has {size(total_bytes)}, {size(free_bytes)} free now)" if total_bytes else ""
+    first_line = str(error).splitlines()[0]
+    return f"The device is out of memory{card}: {first_line} Try, in this order: {'; '.join(advice)}."

@@ -1,0 +1,29 @@
+"""The recipe's optimizer over a model's trainable parameters."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lowmem.errors import RecipeError
+from lowmem.optim import LowMemOptimizer, build_optimizer
+from lowmem.recipe.schema import Recipe
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> LowMemOptimizer:
+    """Raises RecipeError for settings that do not fit the model, such as a target without a match."""
+    chosen = recipe.optimizer
+    settings = {"seed": recipe.train.seed, **chosen.settings}
+    try:
+        return build_optimizer(model, chosen.name, target=chosen.target, fallback=chosen.fallback, **settings)
+    except ValueError as error:
+        raise RecipeError(f"optimizer: {error}") from error
+
+
+def trainable_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters that an optimizer updates."""
+    return sum(param.nbytes for param in model.parameters() if param.requires_grad)
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters; a tied one counts once."""
+    return sum(param.nbytes for param in model.parameters())

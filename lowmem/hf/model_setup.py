@@ -1,0 +1,63 @@
+"""A recipe's model, ready to train: adapters, recomputed activations, packing checked, chunked loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowmem.hf.chunked_loss import chunked_loss_agrees, use_chunked_loss
+from lowmem.hf.lora import add_lora
+from lowmem.hf.model import load_model
+from lowmem.hf.packing_probe import refuse_leaking_model
+from lowmem.recipe.schema import Recipe
+
+Batch = dict[str, Tensor]
+
+
+def recompute_activations(model: PreTrainedModel | PeftModel) -> None:
+    """Recompute activations in the backward pass, non-reentrant: inputs need no gradient, hooks fire once."""
+    settings = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.18 and later
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+
+def trainable_model(
+    recipe: Recipe, *, device: torch.device, probe_batch: Batch, say: Callable[[str], Any]
+) -> PreTrainedModel | PeftModel:
+    """The model on `device` as the recipe trains it.
+
+    `probe_batch` is a small batch of the training data, on which the chunked loss must equal the model's
+    own; where it does not, the own loss is used and `say` tells why. Raises RecipeError for a model that
+    cannot be loaded and RefusedError for one that attends across packed documents.
+    """
+    base = load_model(recipe.model, seed=recipe.train.seed).to(device)
+    if recipe.data.packing:
+        refuse_leaking_model(base, rows=max(recipe.train.per_device_batch_size, recipe.eval.batch_size or 1))
+    model = base if recipe.lora is None else add_lora(base, recipe.lora, seed=recipe.train.seed)
+    if recipe.train.activation_checkpointing:
+        recompute_activations(model)
+    if recipe.train.loss == "chunked":
+        reason = chunked_loss_agrees(model, {name: value.to(device) for name, value in probe_batch.items()})
+        if reason is None:
+            use_chunked_loss(model)
+        else:
+            say(f"loss: the model's own instead of chunked, which holds all logits: {reason}")
+    return model
+
+
+def model_summary(model: PreTrainedModel | PeftModel) -> str:
+    """Class, parameters, how many are trained, dtype and device, in one line."""
+    params = list(model.parameters())
+    total, trained = (
+        sum(p.numel() for p in some) for some in (params, [p for p in params if p.requires_grad])
+    )
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    dtype = str(params[0].dtype).removeprefix("torch.")
+    return f"{type(inner).__name__}: {total:,} parameters, {trained:,} trained, {dtype} on {params[0].device}"

@@ -1,0 +1,210 @@
+"""Everything a run needs before its first step, in the order that fails earliest and cheapest."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from lowmem.data.batches import TokenDataset, collate
+from lowmem.data.prepare import Prepared, prepare
+from lowmem.hf.callbacks import (
+    EvaluateEvery,
+    LogLastStep,
+    MeterBorders,
+    RunLog,
+    StopOnInterrupt,
+    StopOnNonFinite,
+)
+from lowmem.hf.disk import refuse_too_small_disk
+from lowmem.hf.environment import describe_environment
+from lowmem.hf.evaluation import HeldOut
+from lowmem.hf.interrupt import Interrupt
+from lowmem.hf.make_optimizer import make_optimizer, model_bytes, trainable_bytes
+from lowmem.hf.metering import StepWatch
+from lowmem.hf.model import load_tokenizer
+from lowmem.hf.model_setup import model_summary, trainable_model
+from lowmem.hf.peak import PeakSoFar
+from lowmem.hf.recorded_batches import BatchRecorder
+from lowmem.hf.run_folder import RunFolder, checkpoint_to_resume, open_run_folder, step_of
+from lowmem.hf.trainer import LowMemTrainer
+from lowmem.hf.training_arguments import training_arguments
+from lowmem.memory.measure import meter_for
+from lowmem.memory.wording import size
+from lowmem.optim.build import describe_groups
+from lowmem.recipe.dump import dump_recipe
+from lowmem.recipe.schema import Recipe
+
+Say = Callable[[str], Any]
+
+
+@dataclass
+class Run:
+    """One prepared run. `say` prints on the main process only."""
+
+    recipe: Recipe
+    folder: RunFolder
+    args: TrainingArguments
+    say: Say
+    tokenizer: PreTrainedTokenizerBase
+    trainer: LowMemTrainer
+    watch: StepWatch
+    batches: BatchRecorder
+    stop: StopOnInterrupt
+    checkpoint: Path | None
+    total_steps: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.args.process_index == 0
+
+    @property
+    def is_trained_already(self) -> bool:
+        """The checkpoint to continue from is at the run's last step, or beyond."""
+        return self.checkpoint is not None and (step_of(self.checkpoint) or 0) >= self.total_steps
+
+
+def prepare_run(recipe: Recipe, interrupt: Interrupt) -> Run:
+    """Check the folder and the disk, read the data, build model, optimizer and Trainer.
+
+    Raises RecipeError, RefusedError or FaultError for whatever would keep the run from working.
+    """
+    folder = open_run_folder(recipe)
+    checkpoint = checkpoint_to_resume(recipe, folder)
+    args = training_arguments(recipe, folder.path)
+    is_main = args.process_index == 0
+    say: Say = _say if is_main else _stay_silent
+    _quiet_libraries(is_main)
+    if is_main:
+        folder.recipe.write_text(dump_recipe(recipe), encoding="utf-8")
+        folder.environment.write_text(
+            json.dumps(describe_environment(args.world_size), indent=2), encoding="utf-8"
+        )
+        folder.metrics.forget_after_(None if checkpoint is None else step_of(checkpoint))
+
+    tokenizer = load_tokenizer(recipe.model)
+    train_rows = prepare(
+        recipe.data.train, recipe.data, tokenizer, seed=recipe.train.seed, where="data.train"
+    )
+    held_out = None
+    if recipe.data.eval is not None:
+        eval_rows = prepare(
+            recipe.data.eval, recipe.data, tokenizer, seed=recipe.train.seed, where="data.eval"
+        )
+        held_out = HeldOut(recipe, eval_rows, tokenizer)
+        say(data_summary("data.eval", eval_rows))
+    say(data_summary("data.train", train_rows))
+    say(f"the first row, trained part in brackets:\n{train_rows.sample}")
+    if train_rows.template is not None:
+        tokenizer.chat_template = train_rows.template
+
+    rows = TokenDataset(train_rows.examples)
+    assert isinstance(tokenizer.pad_token_id, int), "load_tokenizer sets a pad token"
+    to_batch = collate(tokenizer.pad_token_id)
+    shortest = min(range(len(rows)), key=lambda index: len(train_rows.examples[index].input_ids))
+    model = trainable_model(recipe, device=args.device, probe_batch=to_batch([rows[shortest]]), say=say)
+    say(f"model: {model_summary(model)}")
+
+    meter = meter_for(model, args.device)
+    watch, batches, stop = StepWatch(meter), BatchRecorder(), StopOnInterrupt(interrupt)
+    callbacks: list[TrainerCallback] = [LogLastStep(), MeterBorders(watch)]
+    if held_out is not None and recipe.eval.every is not None:
+        callbacks.append(EvaluateEvery(recipe.eval.every))
+    callbacks.append(stop)  # after EvaluateEvery: a stop comes before an evaluation
+    if is_main:
+        callbacks.append(RunLog(folder.metrics, PeakSoFar(watch, args.device)))
+    callbacks.append(StopOnNonFinite(folder))  # after RunLog: the row that stops the run is written
+    trainer = LowMemTrainer(
+        model=model,
+        args=args,
+        optimizer_of=lambda trained: make_optimizer(trained, recipe),
+        schedule=recipe.train.lr_scheduler,
+        train_dataset=rows,
+        collate=to_batch,
+        watch=watch,
+        tokenizer=tokenizer,
+        evaluator=None if held_out is None else lambda m: held_out.metrics(m, lambda: interrupt.requested),
+        on_batches=batches,
+        run_folder=folder,
+        keep=recipe.save.keep,
+        callbacks=callbacks,
+    )
+    optimizer = trainer.create_optimizer()
+    meter.watch(optimizer)
+    state_bytes = optimizer.state_bytes()  # type: ignore[attr-defined]
+    say(f"optimizer: {size(state_bytes)} of state\n{indented(describe_groups(optimizer))}")  # type: ignore[arg-type]
+    if is_main:
+        saved_bytes = trainable_bytes(model) if isinstance(model, PeftModel) else model_bytes(model)
+        refuse_too_small_disk(
+            folder.path,
+            checkpoint_bytes=saved_bytes + state_bytes,
+            checkpoints_to_come=checkpoints_to_come(recipe, folder),
+            final_model_bytes=final_model_bytes(recipe, model_bytes(model), saved_bytes),
+        )
+    total_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
+    return Run(
+        recipe=recipe,
+        folder=folder,
+        args=args,
+        say=say,
+        tokenizer=tokenizer,
+        trainer=trainer,
+        watch=watch,
+        batches=batches,
+        stop=stop,
+        checkpoint=checkpoint,
+        total_steps=total_steps,
+    )
+
+
+def data_summary(where: str, prepared: Prepared) -> str:
+    """One line; counts that are 0 and mean that nothing was wrong are left out."""
+    count = prepared.summary
+    odd = "".join(f", {count[name]:,} {name}" for name in ("skipped", "dropped", "truncated") if count[name])
+    return (
+        f"{where}: {count['rows']:,} rows{odd} -> {count['sequences']:,} sequences, {count['tokens']:,} tokens, "
+        f"{count['trained_tokens']:,} of them trained"
+    )
+
+
+def checkpoints_to_come(recipe: Recipe, folder: RunFolder) -> int:
+    """Checkpoints the disk must have room for: those kept and one more, less those that are there.
+
+    A run that saves none regularly still needs room for the one of an interrupt.
+    """
+    if recipe.save.every is None:
+        return 1
+    return recipe.save.keep + 1 - min(len(folder.checkpoints()), recipe.save.keep)
+
+
+def final_model_bytes(recipe: Recipe, whole_bytes: int, saved_bytes: int) -> int:
+    if not recipe.save.model:
+        return 0
+    return whole_bytes if recipe.save.merge_lora else saved_bytes
+
+
+def indented(text: str) -> str:
+    return "\n".join("  " + line for line in text.splitlines())
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _stay_silent(text: str) -> None:
+    """What processes other than the main one do with what there is to say."""
+
+
+def _quiet_libraries(is_main: bool) -> None:
+    """One voice: no loading bars and no advice of the libraries; remarks of lowmem once."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if not is_main:
+        logging.getLogger("lowmem").setLevel(logging.ERROR)
