@@ -45,4 +45,11 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # In any other style PyYAML writes these line ends as they are, and reads them back as blanks.
+    style = '"' if any(char in text for char in "\n\r\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
 _Dumper.add_representer(tuple, lambda dumper, pair: dumper.represent_list(list(pair)))

@@ -94,5 +94,5 @@ def is_required(each: Field[Any]) -> bool:
 
 def report_missing(dotted: str, each: Field[Any], section: Node, problems: Problems) -> None:
     parent = dotted.rpartition(".")[0]
-    where = f"under {parent}:" if parent else "at the top level"
-    problems.add(section.place, f"{dotted} is missing. Add it {where}: {each.metadata['doc']}.")
+    where = f"under {parent}" if parent else "at the top level"
+    problems.add(section.place, f"{dotted} is missing. Add it {where} ({each.metadata['doc']}).")

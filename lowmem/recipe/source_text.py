@@ -20,7 +20,7 @@ def read_recipe_text(path: str | Path) -> tuple[str, str]:
     """
     found = find_recipe(path)
     if found is None:
-        raise RecipeError(_missing(str(path)))
+        raise RecipeError(_missing(str(path) or '""'))
     name = os.fspath(found)
     if found.is_dir():
         raise RecipeError(f"{name}: is a folder, not a recipe.{_one_of(recipes_near(found / 'x'))}")

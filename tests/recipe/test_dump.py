@@ -17,7 +17,9 @@ from lowmem.recipe.optimizer_table import optimizer_table
 from lowmem.recipe.schema import OptimizerRecipe, Recipe, SourceRecipe
 from tests.recipe.written import SMALL, with_lines, write
 
-TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12).filter(str.strip)
+TEXT = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12
+).filter(str.strip)
 WORDS_YAML_MISREADS = st.sampled_from(
     ["no", "null", "~", "1e-4", "010", "1:30", "2024-01-01", "=", "<<", "*a", "#x", "a: b"]
 )
@@ -104,7 +106,7 @@ def made_consistent(document: dict[str, Any]) -> dict[str, Any]:
 )
 @given(sections(Recipe).map(made_consistent))
 def test_a_dumped_recipe_loads_back_equal_and_holds_what_was_written(document: dict[str, Any]) -> None:
-    recipe = load_recipe(write(yaml.safe_dump(document, allow_unicode=True)))
+    recipe = load_recipe(write(yaml.safe_dump(document)))
     text = dump_recipe(recipe)
     assert load_recipe(write(text, "again.yaml")) == recipe
     assert_holds(recipe_document(recipe), document)

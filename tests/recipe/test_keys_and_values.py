@@ -214,8 +214,8 @@ def _sections(text: str) -> list[str]:
 def test_required_keys_that_are_missing_are_reported_at_the_line_of_their_section() -> None:
     problems = problems_of("# a comment\ntrain: {seed: 1}\ndata:\n  packing: true\noptimizer:\n  rank: 3\n")
     starts = [
-        "r.yaml:2: model is missing. Add it at the top level:",
-        "r.yaml:3: data.train is missing. Add it under data:",
+        "r.yaml:2: model is missing. Add it at the top level (what is fine-tuned).",
+        "r.yaml:3: data.train is missing. Add it under data (",
         "r.yaml:5: optimizer.name is missing. Add it under optimizer: one of adamw, ",
         "r.yaml:5: optimizer.lr is missing. Add it under optimizer:, for example lr: 1.0e-4.",
     ]
