@@ -117,10 +117,12 @@ def llama() -> PreTrainedTokenizerBase:
 
 @cache
 def metaspace() -> PreTrainedTokenizerBase:
-    """SentencePiece's kind in its newer form: a space before the first word of a text only."""
-    tokenizer = Tokenizer(
-        models.BPE(*_with_bytes("▁Hello ▁Once ▁the ▁cat"), unk_token="<unk>", byte_fallback=True)
-    )
+    """SentencePiece's kind in its newer form: a space before the first word of a text only, joined line ends."""
+    vocabulary, merges = _with_bytes("▁Hello ▁Once ▁the ▁cat")
+    for token in ("\n", "\n\n"):
+        vocabulary[token] = len(vocabulary)
+    merges.append(("\n", "\n"))
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence(
         [

@@ -197,6 +197,8 @@ ASK = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": " B
         ("{% for m in messages %}{{ m.content }}{{ m.content }};{% endfor %}", None),
         ("{{ messages[0].content }};", None),
         ("{% for m in messages %}{{ m.content | replace('e', 'E') }};{% endfor %}", None),
+        ("{% for m in messages %}{{ m.content }}{{ '!' if m.content | length < 12 }}{% endfor %}", None),
+        ("{% for m in messages %}{{ m.content | length }}: {{ m.content }};{% endfor %}", None),
         ("{{ raise_exception('no ' ~ messages[1].content | trim) }}", None),
     ],
 )
@@ -285,3 +287,59 @@ def test_a_tokenizer_that_changes_the_answer_behind_its_prompt_is_caught(monkeyp
     monkeypatch.setattr(pieces, "cut", one_token_less)
     with pytest.raises(RowError, match=r"the trained tokens would read ' Because\. \\n' and not"):
         mask(pieces, ChatTemplate("plain", tokenizer), ASK)
+
+
+def test_a_text_that_looks_like_a_placeholder_is_only_a_text():
+    tokenizer = small_tokenizers.byte_level()
+    messages = [
+        {"role": "user", "content": "AnswerOfTurn1E"},
+        {"role": "assistant", "content": "AnswerOfTurnX1E AnswerOfTurn3E"},
+        {"role": "user", "content": "AnswerOfTurn3E"},
+        {"role": "assistant", "content": "AnswerOfTurn1E"},
+    ]
+    found = mask(PIECES["byte_level"], ChatTemplate("plain", tokenizer), messages)
+    assert trained_runs(tokenizer, found) == [m["content"] + "<|endoftext|>" for m in messages[1::2]]
+
+
+def test_a_template_whose_prompt_leaves_out_earlier_turns_still_gets_its_answers(tmp_path):
+    tokenizer = small_tokenizers.byte_level()
+    shown = "(messages[:1] if add_generation_prompt else messages)"
+    source = "{% for m in " + shown + " %}[{{ m.content }}].{% endfor %}"
+    messages = [
+        {"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)
+    ]
+    found = mask(PIECES["byte_level"], own_template(tmp_path, source, tokenizer), messages)
+    assert trained_runs(tokenizer, found) == ["b].", "d]."]
+
+
+@pytest.mark.parametrize("kind", ["llama", "metaspace"])
+def test_an_answer_right_behind_a_special_token_is_tokenised_as_in_one_text(tmp_path, kind):
+    tokenizer = EXACT[kind]()
+    source = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    messages = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "Hello cat"}]
+    found = mask(PIECES[kind], own_template(tmp_path, source, tokenizer), messages)
+    whole = tokenizer("the cat</s>Hello cat</s>", add_special_tokens=False)["input_ids"]
+    assert found.example.input_ids == whole
+    assert [run.lstrip(" ") for run in trained_runs(tokenizer, found)] == ["Hello cat</s>"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "metaspace"])
+def test_an_answer_of_byte_tokens_right_behind_byte_tokens_is_read_right(tmp_path, kind):
+    tokenizer = EXACT[kind]()
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    messages = [{"role": "user", "content": "caf\u00e9"}, {"role": "assistant", "content": "\u00e8 \u00e8"}]
+    found = mask(PIECES[kind], own_template(tmp_path, source, tokenizer), messages)
+    assert tokenizer.decode(found.example.input_ids) == "caf\u00e9\u00e8 \u00e8</s>"
+    assert trained_runs(tokenizer, found) == ["\u00e8 \u00e8</s>"]
+
+
+def test_an_answer_that_begins_like_the_anchor_keeps_its_beginning():
+    tokenizer = small_tokenizers.metaspace()
+    assert tokenizer.tokenize("\n\n") == ["▁", "\n\n"]
+    messages = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "\n:a.0\n"}]
+    found = mask(PIECES["metaspace"], ChatTemplate("mistral", tokenizer), messages)
+    assert trained_runs(tokenizer, found) == ["\n:a.0\n</s>"]
+    messages[0]["content"] = "why"
+    found = mask(PIECES["metaspace"], ChatTemplate("plain", tokenizer), messages)
+    assert trained_runs(tokenizer, found) == ["\n:a.0\n</s>"]
+    assert found.prompt_ids == tokenizer("why\n", add_special_tokens=False)["input_ids"]

@@ -66,3 +66,17 @@ def test_the_seed_decides_the_order_and_nothing_else_does():
 def test_documents_that_fit_exactly_leave_no_padding():
     (sequence,) = packed(documents_of([5, 3, 8]), 16, PAD, 0)
     assert PAD not in sequence.input_ids
+
+
+def test_long_documents_are_placed_first_so_that_short_ones_fill_up():
+    for seed in range(20):
+        assert len(packed(documents_of([5, 5, 5, 3, 3, 3]), 8, PAD, seed)) == 3
+
+
+def test_the_seed_decides_which_equally_long_documents_share_a_sequence():
+    def partners(seed: int) -> set[frozenset[int]]:
+        sequences = packed(documents_of([4] * 12), 8, PAD, seed)
+        return {frozenset(token // 1000 for token in sequence.input_ids) for sequence in sequences}
+
+    assert partners(1) == partners(1)
+    assert partners(1) != partners(2)
