@@ -36,6 +36,8 @@ def add_lora(model: PreTrainedModel, recipe: LoraRecipe, *, seed: int = 0) -> Pe
         lora_dropout=recipe.dropout,
         target_modules=_targets(model, recipe.target),
         bias="none",
+        # How peft is told that GPT-2's layers keep their weight transposed.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type="CAUSAL_LM",
     )
     devices = [model.device] if model.device.type == "cuda" else []
@@ -58,6 +60,12 @@ def save_adapters(model: PeftModel, folder: str | Path) -> None:
     """Write the adapters alone, adapter_model.safetensors and adapter_config.json, into `folder`."""
     # "auto" would ask the Hub for the base model's configuration.
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+
+
+def load_adapters(model: PreTrainedModel, folder: str | Path) -> PeftModel:
+    """`model` with the adapters that `save_adapters` wrote into `folder`, frozen, for inference or `merge`."""
+    with _without_peft_deprecations():
+        return PeftModel.from_pretrained(model, str(folder))
 
 
 def merge(model: PeftModel) -> PreTrainedModel:

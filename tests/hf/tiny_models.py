@@ -78,9 +78,9 @@ def tiny_batch(vocab_size: int = 199, rows: int = 2, tokens: int = 21) -> dict[s
     return {"input_ids": input_ids, "labels": labels}
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Turn non-reentrant activation checkpointing on, under whichever name this transformers has for it."""
+def checkpoint_activations(model: PreTrainedModel, *, reentrant: bool = False) -> None:
+    """Turn activation checkpointing on, under whichever name this transformers has for it."""
     if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
     else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
