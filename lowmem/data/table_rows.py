@@ -39,10 +39,10 @@ def hub_rows(hub: str, name: str | None, split: str, where: str) -> Iterator[tup
     try:
         rows = datasets.load_dataset(hub, name, split=split)
     except Exception as error:  # the library raises a dozen unrelated types for: missing, private, offline
-        reason = " ".join(str(error).split()) or "no reason given"
+        reason = " ".join(str(error).split()).rstrip(".") or "no reason given"
         raise RecipeError(
             f"{where}.hub: {hub} (name {name or 'default'}, split {split}) cannot be loaded: "
-            f"{type(error).__name__}: {reason} Check the id, the name and the split, the network, and "
+            f"{type(error).__name__}: {reason}. Check the id, the name and the split, the network, and "
             "HF_TOKEN for a private data set; or download the file and use path."
         ) from error
     for number, row in enumerate(rows, 1):
