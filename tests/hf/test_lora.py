@@ -164,10 +164,8 @@ def test_the_merged_model_answers_like_the_adapted_one_and_is_plain(tmp_path: Pa
         type(module) for module in tiny_model(kind).modules()
     }
     ids = tiny_batch()["input_ids"]
-    assert (
-        not merged.get_input_embeddings()(ids).requires_grad
-        or merged.get_input_embeddings().weight.requires_grad
-    )
+    # What add_lora hooked onto the embedding is gone again.
+    assert not merged.get_input_embeddings()(ids).requires_grad
     merged.save_pretrained(tmp_path)
     again = type(merged).from_pretrained(tmp_path)
     assert torch.equal(logits(again), logits(merged))
