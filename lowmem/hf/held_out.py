@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from lowmem.data.example import IGNORED, Question
 from lowmem.hf.answer_end import AnswerEnd
 from lowmem.hf.chunked_loss import loss_only
 from lowmem.hf.eval_mode import eval_mode
+from lowmem.hf.quiet import quiet_transformers
 
 Item = TypeVar("Item")
 
@@ -87,6 +89,11 @@ def greedy_decoding(end: AnswerEnd, pad: int, max_new_tokens: int) -> Generation
     )
 
 
+def before_first(ends: Sequence[int], ids: list[int]) -> list[int]:
+    """`ids` up to the first of `ends`, which need not be a special token that decoding leaves out."""
+    return list(itertools.takewhile(lambda token: token not in ends, ids))
+
+
 @torch.no_grad()
 def exact_match(
     model: Any,
@@ -107,7 +114,7 @@ def exact_match(
     pad = tokenizer.pad_token_id
     greedy = greedy_decoding(end, pad, max_new_tokens)
     matches, total = 0, 0
-    with eval_mode(model):
+    with eval_mode(model), quiet_transformers():
         for batch in batches_of_this_process(questions, batch_size):
             if should_stop():
                 break
@@ -120,10 +127,9 @@ def exact_match(
                 generation_config=greedy,
                 tokenizer=tokenizer,
             )
-            answers = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
-            matches += sum(
-                end.cut(text).strip() == q.answer.strip() for text, q in zip(answers, batch, strict=True)
-            )
+            for question, ids in zip(batch, generated[:, width:].tolist(), strict=True):
+                text = tokenizer.decode(before_first(end.tokens, ids), skip_special_tokens=True)
+                matches += end.cut(text).strip() == question.answer.strip()
             total += len(batch)
     matched, asked, stopped = summed_over_processes(matches, total, should_stop(), device=device)
     return None if stopped or not asked else matched / asked

@@ -82,4 +82,5 @@ def _on_device(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
 ) -> LoadedModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return LoadedModel(model.to(device).eval(), tokenizer, recipe)
+    model.to(device)  # type: ignore[arg-type]  # a decorated method
+    return LoadedModel(model.eval(), tokenizer, recipe)

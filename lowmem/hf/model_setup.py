@@ -37,7 +37,7 @@ def trainable_model(
     own; where it does not, the own loss is used and `say` tells why. Raises RecipeError for a model that
     cannot be loaded and RefusedError for one that attends across packed documents.
     """
-    base = load_model(recipe.model, seed=recipe.train.seed).to(device)
+    base = load_model(recipe.model, seed=recipe.train.seed).to(device)  # type: ignore[arg-type]  # a decorated method
     if recipe.data.packing:
         refuse_leaking_model(base, rows=max(recipe.train.per_device_batch_size, recipe.eval.batch_size or 1))
     model = base if recipe.lora is None else add_lora(base, recipe.lora, seed=recipe.train.seed)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowmem.hf.ending
@@ -108,7 +108,7 @@ def test_the_final_model_is_the_evaluated_one_and_loads_with_plain_transformers(
         answer = [*tokenizer(row["response"])["input_ids"], tokenizer.eos_token_id]
         with torch.no_grad():
             logits = model(torch.tensor([prompt + answer])).logits[0]
-        total += F.cross_entropy(logits[len(prompt) - 1 : -1], torch.tensor(answer), reduction="sum").item()
+        total += cross_entropy(logits[len(prompt) - 1 : -1], torch.tensor(answer), reduction="sum").item()
         tokens += len(answer)
     logged = [row for row in rows_of(run) if "eval_loss" in row][-1]["eval_loss"]
     assert logged == pytest.approx(total / tokens, rel=1e-5)
@@ -139,7 +139,7 @@ def test_memory_is_measured_and_the_parts_sum_to_the_peak(finished):
 def test_the_same_recipe_measures_the_same_bytes_and_trains_the_same_weights(
     finished, tmp_path, model_folder
 ):
-    recipe, run = finished
+    _, run = finished
     again = tiny_recipe(tmp_path, model_folder, "eval.every=2", "train.max_steps=7")
     assert train(again) == 0
     one, other = (load_file(folder / "model" / "model.safetensors") for folder in (run, tmp_path / "run"))
@@ -171,9 +171,8 @@ def test_a_folder_in_which_nothing_was_trained_takes_another_recipe(tmp_path, mo
 
 
 def test_resume_never_refuses_a_folder_with_checkpoints(finished, tmp_path, model_folder):
-    recipe, run = finished
-    settings = ("eval.at_start=true", "train.max_steps=7", f"save.dir={run}", "resume=never")
-    same = load_recipe(run / "recipe.yaml", settings[1:])
+    _, run = finished
+    same = load_recipe(run / "recipe.yaml", ["resume=never"])
     with pytest.raises(RecipeError, match=r"holds 2 checkpoint\(s\), the newest checkpoint-7"):
         train(same)
 
