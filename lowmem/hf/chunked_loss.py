@@ -92,6 +92,9 @@ def loss_only(model: nn.Module) -> Iterator[None]:
         head.defers_always = before
 
 
+# What a forward that cannot deal with deferred logits may raise.
+FORWARD_ERRORS = (AssertionError, AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
 # The probe costs a forward and a backward of at most this many rows and tokens, whole logits included.
 PROBE_ROWS, PROBE_TOKENS = 2, 48
 
@@ -101,7 +104,8 @@ def chunked_loss_agrees(model: nn.Module, batch: Mapping[str, Tensor]) -> str | 
 
     batch: what the model is called with, `input_ids` (B, S) and what goes with them; its labels are not used.
     Returns None when the loss and its gradients at the head agree, otherwise in words why the model should
-    keep its own loss; that covers what `use_chunked_loss` refuses. Gradients, training flags and whether the model is patched stay as they were.
+    keep its own loss, which covers what `use_chunked_loss` refuses. Gradients, training flags and whether the
+    model is patched stay as they were.
     """
     try:
         head = causal_model(model).get_output_embeddings()
@@ -144,7 +148,7 @@ def _disagreement(model: nn.Module, head: DeferringHead, batch: dict[str, Any]) 
             loss, gradients = _loss_and_gradients(model, head, batch)
     except torch.OutOfMemoryError:
         raise
-    except (AssertionError, AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except FORWARD_ERRORS as error:
         return f"the model's forward cannot work with it ({type(error).__name__}: {error})"
     if head.materialised_by is not None:
         return f"the model computes its whole logits anyway, through {head.materialised_by}"

@@ -45,7 +45,7 @@ def load_model(recipe: ModelRecipe, *, seed: int) -> PreTrainedModel:
     where: dict[str, Any] = {
         "revision": recipe.revision,
         "trust_remote_code": recipe.trust_remote_code,
-        "local_files_only": not hub_has_an_address(),
+        "local_files_only": folder is None and not hub_has_an_address(),
     }
     try:
         with quiet_transformers(), torch.random.fork_rng([]):

@@ -25,8 +25,8 @@ ROUNDING_TO_ALONE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0
 ROUNDING_TO_OTHER_NEIGHBOUR = {
     torch.float64: 1e-4,
     torch.float32: 1e-4,
-    torch.bfloat16: 2e-2,
-    torch.float16: 5e-3,
+    torch.bfloat16: 1e-2,
+    torch.float16: 2e-3,
 }
 
 

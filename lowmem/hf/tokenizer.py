@@ -53,7 +53,7 @@ def load_tokenizer(recipe: ModelRecipe) -> PreTrainedTokenizerBase:
     where: dict[str, Any] = {
         "revision": recipe.revision,
         "trust_remote_code": recipe.trust_remote_code,
-        "local_files_only": not hub_has_an_address(),
+        "local_files_only": folder is None and not hub_has_an_address(),
     }
     try:
         with quiet_transformers():

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-import transformers
 from transformers import PreTrainedTokenizerBase
 
 from lowmem.errors import RecipeError
@@ -113,15 +110,6 @@ def test_a_tokenizer_with_code_of_its_own_needs_permission(tmp_path: Path) -> No
 # --- the model that comes with lowmem
 
 
-@pytest.fixture
-def builtin(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ModuleType("lowmem.hf.builtin_model")
-    module.tiny_llama_config = lambda: tiny_model("llama", vocab_size=len(WORDS)).config
-    module.character_tokenizer = lambda: tiny_tokenizer(eos_token="</s>")
-    monkeypatch.setitem(sys.modules, "lowmem.hf.builtin_model", module)
-
-
-@pytest.mark.usefixtures("builtin")
 def test_the_builtin_model_is_drawn_from_the_seed_alone() -> None:
     recipe = ModelRecipe(name_or_path="builtin:tiny-llama", dtype="float32", attn="eager")
     before = torch.get_rng_state()
@@ -134,7 +122,6 @@ def test_the_builtin_model_is_drawn_from_the_seed_alone() -> None:
     assert any(not torch.equal(a, c) for a, _, c in pairs)
 
 
-@pytest.mark.usefixtures("builtin")
 def test_the_builtin_model_in_bfloat16_is_the_float32_one_rounded() -> None:
     exact = load_model(ModelRecipe(name_or_path="builtin:tiny-llama", dtype="float32"), seed=0)
     rounded = load_model(ModelRecipe(name_or_path="builtin:tiny-llama"), seed=0)
@@ -145,8 +132,8 @@ def test_the_builtin_model_in_bfloat16_is_the_float32_one_rounded() -> None:
     assert rounded(torch.tensor([[4, 5, 6]])).logits.dtype == torch.bfloat16
 
 
-@pytest.mark.usefixtures("builtin")
-def test_the_builtin_tokenizer_is_padded_like_any_other() -> None:
+def test_the_builtin_tokenizer_fits_the_builtin_model() -> None:
     tokenizer = load("builtin:tiny-llama")
-    assert isinstance(tokenizer, transformers.PreTrainedTokenizerFast)
-    assert tokenizer.pad_token == "</s>"
+    model = load_model(ModelRecipe(name_or_path="builtin:tiny-llama"), seed=0)
+    assert tokenizer.pad_token is not None
+    assert len(tokenizer) == model.get_input_embeddings().num_embeddings
