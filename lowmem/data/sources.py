@@ -4,7 +4,7 @@
 |-------------------|-----------------------------------------------------------------------------------|
 | .jsonl .ndjson    | one object a line                                                                 |
 | .json             | a list of objects, an object with one list in it, or one object a line            |
-| .parquet          | its rows (needs pyarrow, which comes with the extra [hub])                        |
+| .parquet          | its rows (needs pyarrow, which comes with datasets)                                |
 | .txt, format text | documents divided by lines that hold only <|endoftext|>; without, the whole file  |
 
 A text file is one document because blank lines divide paragraphs in most texts, and an end-of-text
@@ -38,7 +38,7 @@ class Row:
 
 
 def read_rows(source: SourceRecipe, *, seed: int, where: str) -> list[Row]:
-    """All rows of `source`, after `take`. Rows that cannot be read come with a `problem`.
+    """All rows of `source`, after `skip` and `take`. Rows that cannot be read come with a `problem`.
 
     Raises RecipeError when the source itself is missing, empty or damaged.
     """
@@ -51,9 +51,10 @@ def read_rows(source: SourceRecipe, *, seed: int, where: str) -> list[Row]:
             f"{where}.format: is needed with {kinds[0]}; it is alpaca, sharegpt, messages, prompt_response or text."
         )
     name = str(getattr(source, kinds[0]))
-    rows = _taken(_rows(source, seed, where), source.take, where)
+    rows = _part(_rows(source, seed, where), source, where)
     if not rows:
-        raise RecipeError(f"{where}: {name} holds no rows.")
+        left = "holds no rows" if not source.skip else f"has no rows left after {where}.skip: {source.skip:g}"
+        raise RecipeError(f"{where}: {name} {left}.")
     return rows
 
 
@@ -68,17 +69,25 @@ def _rows(source: SourceRecipe, seed: int, where: str) -> Iterator[Row]:
     return itertools.starmap(Row, found)
 
 
-def _taken(rows: Iterator[Row], take: float | None, where: str) -> list[Row]:
-    if take is None:
-        return list(rows)
-    if take >= 1:
-        if take != int(take):
+def _part(rows: Iterator[Row], source: SourceRecipe, where: str) -> list[Row]:
+    """The rows after `skip`, at most `take` of them; a number below 1 is a fraction of all rows."""
+    for name in ("skip", "take"):
+        count = getattr(source, name)
+        if count is not None and count > 1 and count != int(count):
             raise RecipeError(
-                f"{where}.take: {take} is neither a whole number of rows nor a fraction below 1."
+                f"{where}.{name}: {count} is neither a whole number of rows nor a fraction below 1."
             )
-        return list(itertools.islice(rows, int(take)))
+    skip, take = float(source.skip or 0), source.take
+    if skip.is_integer() and (take is None or take >= 1):
+        return list(itertools.islice(rows, int(skip), None if take is None else int(skip + take)))
     everything = list(rows)
-    return everything[: max(1, int(take * len(everything)))]
+    start = _count(skip, len(everything))
+    return everything[start:] if take is None else everything[start : start + _count(take, len(everything))]
+
+
+def _count(number: float, all_rows: int) -> int:
+    """A count as it is; a fraction of `all_rows`, at least one, so that skip and take of the same part meet."""
+    return int(number) if number >= 1 or number == 0 else max(1, int(number * all_rows))
 
 
 def _file_rows(path: Path, format: str | None, where: str) -> Iterator[tuple[str, Any, str | None]]:

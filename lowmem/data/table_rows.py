@@ -1,4 +1,4 @@
-"""Rows of Parquet files and of data sets on the Hugging Face Hub (both need the extra [hub])."""
+"""Rows of Parquet files and of data sets on the Hugging Face Hub (both through datasets and its pyarrow)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from lowmem.errors import RecipeError
 
-INSTALL = "pip install 'lowmem[hub]'"
+INSTALL = "pip install datasets"
 
 
 def parquet_rows(name: str, data: bytes, where: str) -> Iterator[tuple[str, Any, str | None]]:

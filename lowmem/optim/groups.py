@@ -76,10 +76,8 @@ def _is_matrix_layer(module: nn.Module, param: Tensor) -> bool:
     if isinstance(module, nn.Embedding):
         return False
     return (
-        (param.dim() == 2
-        and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"))
-        or param.dim() == 3
-    )
+        param.dim() == 2 and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+    ) or param.dim() == 3
 
 
 def _head_weight(model: nn.Module) -> Tensor | None:

@@ -12,9 +12,9 @@ from lowmem.recipe.suggest import closest, did_you_mean
 
 KINDS_OF_SOURCE = ("path", "hub", "builtin")
 KEYS_OF_SOURCE = {
-    "path": ("path", "format", "take"),
-    "hub": ("hub", "name", "split", "format", "take"),
-    "builtin": ("builtin", "split", "size", "take"),
+    "path": ("path", "format", "skip", "take"),
+    "hub": ("hub", "name", "split", "format", "skip", "take"),
+    "builtin": ("builtin", "split", "size", "skip", "take"),
 }
 BUILTIN_MODELS = ("builtin:tiny-llama",)
 
@@ -73,7 +73,8 @@ def check_source(dotted: str, root: Node, problems: Problems, files_must_exist: 
         formats = "alpaca, sharegpt, messages, prompt_response, text"
         message = f"{dotted}.format is missing; {kind} needs it. Add one of {formats} (lowmem ls formats)."
         problems.add(source.place, message)
-    _check_take(dotted, given(source, "take"), problems)
+    _check_rows(f"{dotted}.skip", given(source, "skip"), problems)
+    _check_rows(f"{dotted}.take", given(source, "take"), problems)
     if kind == "builtin":
         _check_builtin(dotted, source, problems)
     path = given(source, "path")
@@ -91,10 +92,10 @@ def _check_builtin(dotted: str, source: Node, problems: Problems) -> None:
         problems.add(split.place, message)
 
 
-def _check_take(dotted: str, take: Node | None, problems: Problems) -> None:
-    if take and isinstance(take.value, float) and take.value > 1 and not take.value.is_integer():
+def _check_rows(dotted: str, count: Node | None, problems: Problems) -> None:
+    if count and isinstance(count.value, float) and count.value > 1 and not count.value.is_integer():
         allowed = "a whole number of rows, or a fraction below 1"
-        problems.add(take.place, f"{dotted}.take is {take.found()}; it must be {allowed}.")
+        problems.add(count.place, f"{dotted} is {count.found()}; it must be {allowed}.")
 
 
 def check_evaluation(root: Node, problems: Problems) -> None:

@@ -61,14 +61,19 @@ class SourceRecipe:
     path: str | None = key(
         None, "JSONL, JSON, Parquet or text file, .gz too; relative to the working directory"
     )
-    hub: str | None = key(None, "data set id on the Hugging Face Hub (needs the extra [hub])")
+    hub: str | None = key(None, "data set id on the Hugging Face Hub (through datasets)")
     builtin: str | None = key(None, "a generated data set; lowmem ls builtins lists them")
     name: str | None = key(None, "configuration name of a hub data set")
     split: str | None = key(None, "split of a hub data set (train), or of a builtin (train | held_out)")
     format: Literal["alpaca", "sharegpt", "messages", "prompt_response", "text"] | None = key(
         None, "shape of a row; required with path and hub"
     )
-    take: float | None = key(None, "use the first N rows (>= 1) or this fraction of them (< 1)", above=0)
+    skip: float | None = key(
+        None, "leave out the first N rows (>= 1) or this fraction of all rows (< 1)", at_least=0
+    )
+    take: float | None = key(
+        None, "use N rows (>= 1) or this fraction of all rows (< 1), after skip", above=0
+    )
     size: int | None = key(None, "number of rows a builtin generates", at_least=1)
 
 

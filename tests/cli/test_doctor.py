@@ -43,17 +43,17 @@ def test_doctor_tells_a_program_everything_it_tells_a_person(lowmem: Command) ->
 def test_the_extras_are_those_of_the_package_with_the_command_that_installs_them() -> None:
     extras = {extra.name: extra for extra in installation.extras()}
     assert set(extras) == set(PYPROJECT["optional-dependencies"])
-    assert extras["hub"].command == "pip install 'lowmem[hub]'"
+    assert extras["peers"].command == "pip install 'lowmem[peers]'"
 
 
 def test_a_missing_extra_is_shown_with_its_command(lowmem: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     real = installation.installed_version
     monkeypatch.setattr(
-        installation, "installed_version", lambda name: None if name == "datasets" else real(name)
+        installation, "installed_version", lambda name: None if name == "sgd-sai" else real(name)
     )
     monkeypatch.setattr(doctor, "take_tiny_step", lambda device: None)
     printed = lowmem("doctor").out
-    assert "missing datasets: pip install 'lowmem[hub]'" in printed
+    assert "missing sgd-sai: pip install 'lowmem[peers]'" in printed
 
 
 def test_a_package_that_is_too_old_makes_doctor_fail_with_what_to_type(

@@ -106,6 +106,22 @@ def test_take_is_a_number_of_rows_or_a_fraction(tmp_path, take, count):
     assert values(read(jsonl(tmp_path / "rows.jsonl", ROWS), take=take)) == ROWS[:count]
 
 
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 2, 5])
+def test_skip_and_take_divide_a_file_without_overlap_or_gap(tmp_path, part):
+    path = jsonl(tmp_path / "rows.jsonl", ROWS)
+    assert values(read(path, take=part)) + values(read(path, skip=part)) == ROWS
+
+
+def test_take_counts_from_where_skip_ends(tmp_path):
+    assert values(read(jsonl(tmp_path / "rows.jsonl", ROWS), skip=2, take=3)) == ROWS[2:5]
+    assert values(read(tmp_path / "rows.jsonl", skip=0.5, take=2)) == ROWS[3:5]
+
+
+def test_skipping_everything_is_an_error(tmp_path):
+    with pytest.raises(RecipeError, match=r"has no rows left after data\.train\.skip: 7"):
+        read(jsonl(tmp_path / "rows.jsonl", ROWS), skip=7)
+
+
 def test_take_that_is_neither_is_refused(tmp_path):
     with pytest.raises(RecipeError, match=r"data\.train\.take: 2\.5 is neither"):
         read(jsonl(tmp_path / "rows.jsonl", ROWS), take=2.5)
@@ -203,7 +219,7 @@ def test_a_source_needs_exactly_one_origin_and_a_format(tmp_path):
 def test_a_missing_package_is_answered_with_the_install_command(tmp_path, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
-    with pytest.raises(RecipeError, match=r"pip install 'lowmem\[hub\]'"):
+    with pytest.raises(RecipeError, match=r"pip install datasets"):
         if missing == "pyarrow":
             read(tmp_path / "rows.parquet")
         else:

@@ -49,7 +49,7 @@ class GaLore(LowMemOptimizer):
         eps: Eps = 1e-8,
         weight_decay: WeightDecay = 0.0,
         rank: Annotated[
-            int | None, Range(at_least=1), "dimension of the subspace; None for plain Adam"
+            int | None, Range(at_least=1), "dimension of the subspace; null (None) for plain Adam"
         ] = 128,
         scale: Annotated[float, Range(above=0), "factor of the low-rank step (alpha in the paper)"] = 1.0,
         refresh_every: Annotated[int, Range(at_least=1), "steps between two bases (T in the paper)"] = 200,
