@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lowmem.data.example import IGNORED
 from tests.data.recipes import prepared
+from tests.real_data import DATA, needs_data
 
-REPOSITORY = Path(__file__).parents[2]
-DATA = REPOSITORY / os.environ.get("LOWMEM_TEST_DATA", "../shared/data")
-
-pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no test data in {DATA} (set LOWMEM_TEST_DATA)")
+pytestmark = needs_data
 
 
 @pytest.fixture(scope="module")
