@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from lowmem.errors import FaultError
@@ -37,7 +38,7 @@ def disk_faults_explained(what: str, last_good: Path | None) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch.save reports a full disk as a RuntimeError of its file writer.
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-            raise
+            raise  # FaultError too, which says its own
         intact = (
             f"The last complete checkpoint is {last_good}."
             if last_good
@@ -45,4 +46,19 @@ def disk_faults_explained(what: str, last_good: Path | None) -> Iterator[None]:
         )
         raise FaultError(
             f"{what} could not be written: {error}. {intact} Free some disk space and run again."
+        ) from error
+
+
+@contextmanager
+def checkpoint_faults_explained(checkpoint: Path) -> Iterator[None]:
+    """Turn what a damaged checkpoint makes the libraries raise into a FaultError that names it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    # A file that was cut short or overwritten raises whatever its reader stumbles over.
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FaultError(
+            f"{checkpoint} cannot be read: {reason} Delete this folder to continue from the checkpoint before it."
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +32,6 @@ class RunLog(TrainerCallback):
     def __init__(self, metrics: MetricsFile, peak_bytes: Callable[[], int | None]):
         self.metrics = metrics
         self.peak_bytes = peak_bytes
-        self.seconds_before = metrics.training_seconds()
         self.seconds = 0.0
         self.row_seconds, self.row_tokens = 0.0, 0
         self.running_since: float | None = None
@@ -50,6 +50,7 @@ class RunLog(TrainerCallback):
     ) -> None:
         self.progress = Progress(state.global_step, state.max_steps)
         self.row_tokens = state.num_input_tokens_seen
+        self.seconds = self.row_seconds = self.metrics.training_seconds()
         self._run()
 
     def on_step_begin(
@@ -85,7 +86,7 @@ class RunLog(TrainerCallback):
             "tokens": logs["tokens"],
             "tokens_per_second": (logs["tokens"] - self.row_tokens) / elapsed if elapsed > 0 else None,
             "peak_allocated_bytes": self.peak_bytes(),
-            "seconds": self.seconds_before + self.seconds,
+            "seconds": self.seconds,
         }
         self.row_seconds, self.row_tokens = self.seconds, logs["tokens"]
         self.metrics.append(row)
@@ -98,11 +99,15 @@ class RunLog(TrainerCallback):
         metrics = kwargs["metrics"]
         if not metrics:
             return  # it was interrupted
+        self.metrics.forget_evaluation_(state.global_step)
         self.metrics.append({"step": state.global_step, **metrics})
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if value is not None)
+        names = {"eval_loss": "held-out loss", "eval_perplexity": "perplexity", "exact_match": "exact match"}
+        shown = ", ".join(
+            f"{names[name]} {value:.4g}" for name, value in metrics.items() if value is not None
+        )
         text = f"step {state.global_step}  {shown}"
         if self.progress is None:
-            print(text, flush=True)
+            print(text, file=sys.stderr, flush=True)
         else:
             self.progress.say(text)
 

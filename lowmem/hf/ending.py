@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from lowmem.hf.atomic_folder import disk_faults_explained
 from lowmem.hf.baseline import measure_baselines
 from lowmem.hf.final_model import write_final_model
 from lowmem.hf.lora import merge
@@ -111,7 +112,8 @@ def report(findings: Findings) -> None:
             findings.conditions | reasons,
             gpu_bytes=findings.gpu_bytes,
         )
-        findings.folder.memory.write_text(json.dumps(document, indent=2), encoding="utf-8")
+        with disk_faults_explained("memory.json", findings.folder.newest_checkpoint()):
+            findings.folder.memory.write_text(json.dumps(document, indent=2), encoding="utf-8")
     written = write_report(findings.folder.path)
     if findings.folder.memory.is_file():
         findings.say(table(json.loads(findings.folder.memory.read_text(encoding="utf-8"))))

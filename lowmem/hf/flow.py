@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from transformers.trainer_callback import TrainerState
 
-from lowmem.errors import FaultError
+from lowmem.errors import FaultError, RecipeError, RefusedError
 from lowmem.hf.ending import Findings, evaluate_at_the_end, let_go, report, save_final_model
 from lowmem.hf.interrupt import EXIT_CODE, Interrupt
 from lowmem.hf.run_folder import STATE_FILE, step_of
@@ -27,8 +29,14 @@ def train(recipe: Recipe) -> int:
         code, findings = train_and_save(recipe, interrupt)
         if findings is not None:
             report(findings)
-    except torch.OutOfMemoryError as error:
-        raise FaultError(out_of_memory_advice(recipe, error)) from error
+    except (RecipeError, RefusedError) as error:
+        if int(os.environ.get("RANK", "0")) > 0:
+            raise SystemExit(error.exit_code) from error  # every process finds the mistake, one tells it
+        raise
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error):
+            raise FaultError(out_of_memory_advice(recipe, error)) from error
+        raise
     return code
 
 
@@ -74,7 +82,7 @@ def train_to_the_end(run: Run) -> bool:
     return True
 
 
-def out_of_memory_advice(recipe: Recipe, error: torch.OutOfMemoryError) -> str:
+def out_of_memory_advice(recipe: Recipe, error: RuntimeError) -> str:
     """What to change, nearest first, of what the recipe has not done yet."""
     advice = []
     if not recipe.train.activation_checkpointing:

@@ -128,7 +128,7 @@ def exact_match(
                 tokenizer=tokenizer,
             )
             for question, ids in zip(batch, generated[:, width:].tolist(), strict=True):
-                text = tokenizer.decode(before_first(end.tokens, ids), skip_special_tokens=True)
+                text = str(tokenizer.decode(before_first(end.tokens, ids), skip_special_tokens=True))
                 matches += end.cut(text).strip() == question.answer.strip()
             total += len(batch)
     matched, asked, stopped = summed_over_processes(matches, total, should_stop(), device=device)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+
+from lowmem.errors import FaultError
 
 Value = float | int | str | None
 
@@ -42,17 +44,31 @@ class MetricsFile:
             yield row
 
     def append(self, row: Mapping[str, Value]) -> None:
+        """Raises FaultError when the disk does not take it."""
         text = json.dumps({name: printable_number(value) for name, value in row.items()}, allow_nan=False)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        except OSError as error:
+            raise FaultError(
+                f"{self.path} cannot be written: {error.strerror}. Checkpoints saved before are intact; free some disk "
+                "space and run again."
+            ) from error
 
     def forget_after_(self, step: int | None) -> None:
         """Remove the rows of steps that will be run again; None removes all."""
+        self._keep_(lambda row: step is not None and int(row["step"] or 0) <= step)
+
+    def forget_evaluation_(self, step: int) -> None:
+        """Remove the evaluation after `step`, which is about to be made again."""
+        self._keep_(lambda row: "eval_loss" not in row or row["step"] != step)
+
+    def _keep_(self, is_kept: Callable[[dict[str, Value]], bool]) -> None:
         if not self.path.exists():
             return
-        kept = [] if step is None else [row for row in self.rows() if int(row["step"] or 0) <= step]
+        lines = [json.dumps(row) + "\n" for row in self.rows() if is_kept(row)]
         replacement = self.path.with_name(self.path.name + ".new")
-        replacement.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        replacement.write_text("".join(lines), encoding="utf-8")
         os.replace(replacement, self.path)
 
     def training_seconds(self) -> float:

@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowmem.errors import RecipeError
 from lowmem.hf.chunked_loss import chunked_loss_agrees, use_chunked_loss
 from lowmem.hf.lora import add_lora
 from lowmem.hf.model import load_model
@@ -28,6 +29,27 @@ def recompute_activations(model: PreTrainedModel | PeftModel) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
+def make_generation_settings_savable_(model: PreTrainedModel) -> None:
+    """Some models come with a temperature but no do_sample, which transformers 5.17 refuses to save again.
+
+    Raises RecipeError for settings that stay invalid with do_sample on: better now than at the first checkpoint.
+    """
+    settings = model.generation_config
+    if settings is None:
+        return
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        settings.do_sample = True
+        try:
+            settings.validate(strict=True)
+        except ValueError as error:
+            raise RecipeError(
+                f"model.name_or_path: generation_config.json of {model.config.name_or_path} could not be saved again: "
+                f"{error} Mend that file, or delete it."
+            ) from error
+
+
 def trainable_model(
     recipe: Recipe, *, device: torch.device, probe_batch: Batch, say: Callable[[str], Any]
 ) -> PreTrainedModel | PeftModel:
@@ -38,6 +60,7 @@ def trainable_model(
     cannot be loaded and RefusedError for one that attends across packed documents.
     """
     base = load_model(recipe.model, seed=recipe.train.seed).to(device)  # type: ignore[arg-type]  # a decorated method
+    make_generation_settings_savable_(base)
     if recipe.data.packing:
         refuse_leaking_model(base, rows=max(recipe.train.per_device_batch_size, recipe.eval.batch_size or 1))
     model = base if recipe.lora is None else add_lora(base, recipe.lora, seed=recipe.train.seed)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping
 
 from tqdm import tqdm
 
-from lowmem.hf.metrics import Value
+from lowmem.hf.metrics import Value, printable_number
 from lowmem.memory.wording import size
 
 
@@ -22,7 +23,8 @@ def clock(seconds: float) -> str:
 def described(row: Mapping[str, Value]) -> str:
     """Loss, speed and peak memory of a row of metrics.jsonl; what is unknown is left out."""
     loss, speed, peak = row["loss"], row["tokens_per_second"], row["peak_allocated_bytes"]
-    parts = [f"loss {loss:.4f}" if isinstance(loss, float) else f"loss {loss}"]
+    is_finite = isinstance(loss, float) and math.isfinite(loss)
+    parts = [f"loss {loss:.4f}" if is_finite else f"loss {printable_number(loss)}"]
     if isinstance(speed, (int, float)):
         parts.append(f"{speed:,.0f} tokens/s")
     if isinstance(peak, int):
@@ -38,7 +40,7 @@ class Progress:
         self.started = time.monotonic()
         self.bar: tqdm | None = None
         if sys.stderr.isatty():
-            form = "{n_fmt}/{total_fmt} |{bar}| {postfix} left {remaining}"
+            form = "{n_fmt}/{total_fmt} |{bar}| {desc}  left {remaining}"
             self.bar = tqdm(initial=done, total=total, bar_format=form, dynamic_ncols=True)
 
     def advance(self, step: int) -> None:
@@ -48,7 +50,7 @@ class Progress:
     def show(self, step: int, row: Mapping[str, Value]) -> None:
         text = described(row)
         if self.bar is not None:
-            self.bar.set_postfix_str(text + " ")
+            self.bar.set_description_str(text)
             return
         seconds_a_step = (time.monotonic() - self.started) / max(step - self.first, 1)
         left = clock(seconds_a_step * (self.total - step))

@@ -122,7 +122,7 @@ def open_run_folder(recipe: Recipe) -> RunFolder:
     """
     if recipe.save.dir is None:
         raise RecipeError("save.dir: a recipe that was not read from a file needs it; name the run's folder.")
-    folder = RunFolder(Path(recipe.save.dir))
+    folder = RunFolder(Path(recipe.save.dir).expanduser())
     if folder.path.exists() and not folder.path.is_dir():
         raise RecipeError(f"save.dir: {folder.path} is a file; choose another save.dir.")
     refuse_other_recipe(folder, recipe)
@@ -134,8 +134,10 @@ def open_run_folder(recipe: Recipe) -> RunFolder:
         )
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
+        (folder.path / ".writable").touch()
+        (folder.path / ".writable").unlink()
     except OSError as error:
-        raise RecipeError(f"save.dir: {folder.path} cannot be made: {error.strerror}.") from error
+        raise RecipeError(f"save.dir: {folder.path} cannot be written: {error.strerror}.") from error
     return folder
 
 
@@ -146,7 +148,7 @@ def checkpoint_to_resume(recipe: Recipe, folder: RunFolder) -> Path | None:
         return newest
     if recipe.resume == "never":
         return None
-    chosen = Path(recipe.resume)
+    chosen = Path(recipe.resume).expanduser()
     if not (chosen / STATE_FILE).is_file() or step_of(chosen) is None:
         known = ", ".join(str(path) for path in folder.checkpoints()) or "none"
         raise RecipeError(

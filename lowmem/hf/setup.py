@@ -87,7 +87,6 @@ def prepare_run(recipe: Recipe, interrupt: Interrupt) -> Run:
         folder.environment.write_text(
             json.dumps(describe_environment(args.world_size), indent=2), encoding="utf-8"
         )
-        folder.metrics.forget_after_(None if checkpoint is None else step_of(checkpoint))
 
     tokenizer = load_tokenizer(recipe.model)
     train_rows = prepare(
@@ -148,6 +147,7 @@ def prepare_run(recipe: Recipe, interrupt: Interrupt) -> Run:
             checkpoints_to_come=checkpoints_to_come(recipe, folder),
             final_model_bytes=final_model_bytes(recipe, model_bytes(model), saved_bytes),
         )
+        folder.metrics.forget_after_(None if checkpoint is None else step_of(checkpoint))
     total_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
     return Run(
         recipe=recipe,

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_callback import PrinterCallback
 
 from lowmem.errors import RefusedError
-from lowmem.hf.atomic_folder import disk_faults_explained, publish_folder
+from lowmem.hf.atomic_folder import checkpoint_faults_explained, disk_faults_explained, publish_folder
 from lowmem.hf.final_model import save_weights
 from lowmem.hf.metering import StepWatch
 from lowmem.hf.run_folder import CHECKPOINT_PREFIX, RunFolder
@@ -213,6 +213,18 @@ class LowMemTrainer(Trainer):
                 self.accelerator.wait_for_everyone()
         finally:
             self._saving_to = None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with checkpoint_faults_explained(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with checkpoint_faults_explained(Path(checkpoint or "")):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with checkpoint_faults_explained(Path(checkpoint or "")):
+            super()._load_rng_state(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Weights as safetensors and the tokenizer; nothing pickled."""

@@ -35,6 +35,8 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
         per_device_train_batch_size=train.per_device_batch_size,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         max_grad_norm=0.0 if train.max_grad_norm is None else train.max_grad_norm,
+        # Without this, several processes on CPUs would each train a model of their own.
+        use_cpu=not torch.cuda.is_available(),
         seed=train.seed,
         data_seed=train.seed,
         logging_strategy="steps",
@@ -53,6 +55,12 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
         ddp_find_unused_parameters=False,
         average_tokens_across_devices=True,
     )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.world_size != launched:
+        raise RefusedError(
+            f"The launcher started {launched} processes, but accelerate joined {args.world_size}, so each would train "
+            "a model of its own. Start as many processes as there are GPUs: accelerate launch --num_processes N."
+        )
     # The recipe's dtype decides; accelerate's own mixed precision would wrap the forward in autocast.
     args.mixed_precision = "no"
     # Several visible GPUs in one process would make the Trainer fall back to nn.DataParallel.

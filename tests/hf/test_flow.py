@@ -218,6 +218,39 @@ def test_a_disk_that_fills_up_during_a_checkpoint_leaves_the_last_one(tmp_path, 
     assert train(recipe) == 0
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_damaged_checkpoint_is_a_fault_that_names_it(tmp_path, model_folder, name):
+    recipe = tiny_recipe(tmp_path, model_folder, "save.every=2", "train.max_steps=4")
+    assert train(recipe) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    file = tmp_path / "run" / "checkpoint-2" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(FaultError, match=r"checkpoint-2 cannot be read: .*Delete this folder"):
+        train(recipe)
+
+
+def test_a_model_whose_sampling_settings_cannot_be_saved_is_saved_all_the_same(tmp_path, model_folder):
+    """As in the folder of a chat model: a temperature without do_sample."""
+    copy = tmp_path / "model"
+    shutil.copytree(model_folder, copy)
+    settings = json.loads((copy / "generation_config.json").read_text())
+    (copy / "generation_config.json").write_text(json.dumps(settings | {"temperature": 0.6, "top_p": 0.9}))
+    assert train(tiny_recipe(tmp_path, copy, "train.max_steps=2", "save.every=1")) == 0
+    saved = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
+    assert (saved["temperature"], saved["top_p"]) == (0.6, 0.9)
+
+
+def test_an_evaluation_made_again_replaces_its_row(tmp_path, model_folder):
+    settings = ("save.every=1", "train.max_steps=1")
+    assert train(tiny_recipe(tmp_path, model_folder, *settings)) == 0
+    assert (
+        train(tiny_recipe(tmp_path, model_folder, *settings, "eval.loss_only=false", "eval.max_new_tokens=4"))
+        == 0
+    )
+    (row,) = [row for row in rows_of(tmp_path / "run") if "eval_loss" in row]
+    assert row["exact_match"] == 0.0
+
+
 def test_a_learning_rate_that_explodes_shows_nan_and_stops_after_twenty_rows(tmp_path, model_folder):
     settings = (
         "optimizer.lr=1e30",
@@ -232,13 +265,32 @@ def test_a_learning_rate_that_explodes_shows_nan_and_stops_after_twenty_rows(tmp
     assert [row["loss"] for row in rows[-20:]] == ["NaN"] * 20
 
 
-def test_too_little_device_memory_is_a_fault_with_advice(tmp_path, model_folder, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 2.00 GiB."
+        ),
+    ],
+)
+def test_too_little_memory_is_a_fault_with_advice(tmp_path, model_folder, monkeypatch, error):
     def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise error
 
     monkeypatch.setattr(lowmem.hf.model_setup, "load_model", full)
-    with pytest.raises(FaultError, match=r"Tried to allocate 2.00 GiB.*train.activation_checkpointing=true"):
+    with pytest.raises(FaultError, match=r"allocate 2\.00 GiB.*train\.activation_checkpointing=true"):
         train(tiny_recipe(tmp_path, model_folder))
+
+
+def test_a_bug_is_not_dressed_up_as_a_fault(tmp_path, model_folder, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("index out of range")
+
+    monkeypatch.setattr(lowmem.hf.model_setup, "load_model", broken)
+    with pytest.raises(RuntimeError, match="index out of range") as caught:
+        train(tiny_recipe(tmp_path, model_folder))
+    assert not isinstance(caught.value, FaultError)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # by peft, of transformers

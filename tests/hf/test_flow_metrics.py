@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +52,19 @@ def test_a_line_that_a_crash_cut_in_two_is_left_out(metrics):
     metrics.forget_after_(7)
     metrics.append({"step": 3, "loss": 0.5})
     assert [row["step"] for row in metrics.rows()] == [1, 3]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux' always full device")
+def test_a_full_disk_is_a_fault():
+    with pytest.raises(FaultError, match="/dev/full cannot be written: No space left on device"):
+        MetricsFile(Path("/dev/full")).append({"step": 1})
+
+
+def test_an_evaluation_that_is_made_again_loses_its_old_row_only(metrics):
+    for row in ({"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.0}, {"step": 4, "eval_loss": 0.5}):
+        metrics.append(row)
+    metrics.forget_evaluation_(2)
+    assert list(metrics.rows()) == [{"step": 2, "loss": 1.0}, {"step": 4, "eval_loss": 0.5}]
 
 
 def test_seconds_of_a_continued_run_count_on_from_the_last_row(metrics):
