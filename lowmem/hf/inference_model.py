@@ -71,7 +71,14 @@ def _with_adapters(base: PreTrainedModel, adapters: Path) -> PeftModel:
     with warnings.catch_warnings():
         # peft asks for a property by the name that newer transformers has renamed.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-        return PeftModel.from_pretrained(base, str(adapters))
+        try:
+            return PeftModel.from_pretrained(base, str(adapters))
+        except (RuntimeError, ValueError) as error:
+            name = base.config.name_or_path or "this model"
+            raise RecipeError(
+                f"model.name_or_path: the adapters in {adapters} do not fit {name}: "
+                f"{' '.join(str(error).split())[:300]} Name the model that they were trained on."
+            ) from error
 
 
 def _at(model: ModelRecipe, weights: Path) -> ModelRecipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -41,7 +42,9 @@ class Progress:
         self.bar: tqdm | None = None
         if sys.stderr.isatty():
             form = "{n_fmt}/{total_fmt} |{bar}| {desc}  left {remaining}"
-            self.bar = tqdm(initial=done, total=total, bar_format=form, dynamic_ncols=True)
+            # Some terminals say they are 0 columns wide; this takes 80 for those.
+            columns = shutil.get_terminal_size().columns
+            self.bar = tqdm(initial=done, total=total, bar_format=form, ncols=columns)
 
     def advance(self, step: int) -> None:
         if self.bar is not None:

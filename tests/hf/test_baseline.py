@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import weakref
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import LlamaForCausalLM, set_seed
 
 import lowmem.hf.baseline
 import lowmem.hf.ending
+import lowmem.hf.setup
 from lowmem.hf.adamw_variants import AdamWInBackward, adamw_variants
 from lowmem.hf.baseline import VARIANTS, main, measure_baselines, single_process_environment
 from lowmem.hf.flow import train
@@ -128,6 +130,33 @@ def test_a_baseline_process_that_dies_leaves_the_run_done(tmp_path, model_folder
         found["conditions"]["adamw_fused"]
         == "not measured: the baseline process ended with code -9: last words"
     )
+
+
+@pytest.mark.parametrize("settings", [(), ("lora.r=2", "save.merge_lora=true")], ids=["full", "merged"])
+def test_the_model_and_its_optimizer_are_gone_before_the_baseline_begins(
+    tmp_path, model_folder, monkeypatch, settings
+):
+    """On a GPU they would take the memory that AdamW is measured in."""
+    alive = []
+    real = lowmem.hf.setup.trainable_model
+
+    def trainable_model(*args, **kwargs):
+        model = real(*args, **kwargs)
+        alive.extend(weakref.ref(param) for param in model.parameters())
+        return model
+
+    def run(command, **how):
+        assert len(alive) > 20
+        assert not any(param() is not None for param in alive)
+        return subprocess.CompletedProcess(command, 1, stdout="", stderr="checked")
+
+    monkeypatch.setattr(lowmem.hf.setup, "trainable_model", trainable_model)
+    monkeypatch.setattr(subprocess, "run", run)
+    recipe = tiny_recipe(
+        tmp_path, model_folder, "report.baseline=adamw", "eval.every=2", "save.every=3", *settings
+    )
+    assert train(recipe) == 0
+    assert document(tmp_path)["conditions"]["adamw_fused"].endswith("checked")
 
 
 def test_no_baseline_starts_no_process(tmp_path, model_folder, monkeypatch):

@@ -259,6 +259,15 @@ def test_a_folder_that_is_no_run_is_an_error(tmp_path):
         evaluate(str(tmp_path))
 
 
+def test_adapters_on_a_model_of_another_size_are_an_error(tmp_path, model_folder):
+    assert train(tiny_recipe(tmp_path, model_folder, "lora.r=2", "train.max_steps=1")) == 0
+    other = tmp_path / "other"
+    LlamaForCausalLM(tiny_config(hidden_size=32)).save_pretrained(other)
+    character_tokenizer().save_pretrained(other)
+    with pytest.raises(RecipeError, match="do not fit .*other: .*size mismatch"):
+        evaluate(str(tmp_path / "run"), [f"model.name_or_path={other}"])
+
+
 def test_a_run_that_saved_nothing_is_an_error(tmp_path, model_folder):
     assert train(tiny_recipe(tmp_path, model_folder, "save.model=false", "train.max_steps=1")) == 0
     with pytest.raises(RecipeError, match="neither a final model nor a checkpoint"):
