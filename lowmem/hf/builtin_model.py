@@ -12,20 +12,21 @@ LONGEST_SEQUENCE = 1024  # tokens, hence characters
 
 
 def tiny_llama_config() -> LlamaConfig:
-    """A LLaMA of 0.42 million parameters, 94 % of them in the matrices of attention and MLP.
+    """A LLaMA of 0.83 million parameters, 95 % of them in the matrices of attention and MLP.
 
-    Two layers 128 wide, four heads, a vocabulary of 102 characters. The first weights are drawn wider
-    than a large model's (0.06 instead of 0.02): at this width that is near 1/sqrt(width) and it learns faster.
+    Two layers 192 wide, six heads that share two keys and values, a vocabulary of 102 characters. The first
+    weights are drawn with a deviation of 0.04 instead of LLaMA's 0.02, which is meant for wider models; at
+    this width the larger one learns the same in fewer steps.
     """
     return LlamaConfig(
         vocab_size=len(SPECIAL_TOKENS) + len(CHARACTERS),
-        hidden_size=128,
-        intermediate_size=344,
+        hidden_size=192,
+        intermediate_size=512,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
         max_position_embeddings=LONGEST_SEQUENCE,
-        initializer_range=0.06,
+        initializer_range=0.04,
         tie_word_embeddings=False,
         pad_token_id=SPECIAL_TOKENS.index(PAD),
         bos_token_id=SPECIAL_TOKENS.index(BOS),
