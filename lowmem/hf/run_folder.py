@@ -135,7 +135,7 @@ def open_run_folder(recipe: Recipe) -> RunFolder:
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         (folder.path / ".writable").touch()
-        (folder.path / ".writable").unlink()
+        (folder.path / ".writable").unlink(missing_ok=True)  # another process may have been faster
     except OSError as error:
         raise RecipeError(f"save.dir: {folder.path} cannot be written: {error.strerror}.") from error
     return folder
