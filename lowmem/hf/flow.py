@@ -52,7 +52,7 @@ def train_and_save(recipe: Recipe, interrupt: Interrupt) -> tuple[int, Findings 
         save_final_model(run)
         evaluate_at_the_end(run)
         if run.stop.requested_anywhere(run.args):
-            run.say("interrupted after the last step; the report was not written. Run again to write it.")
+            run.say(f"interrupted after the last step; lowmem report {run.folder.path} writes what there is.")
             return EXIT_CODE, None
     findings = let_go(run)
     return DONE, findings if run.is_main else None
