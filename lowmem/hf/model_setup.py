@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lowmem.errors import RecipeError
 from lowmem.hf.chunked_loss import chunked_loss_agrees, use_chunked_loss
+from lowmem.hf.cpu_threads import use_one_thread_for_tiny_model
 from lowmem.hf.lora import add_lora
 from lowmem.hf.model import load_model
 from lowmem.hf.packing_probe import refuse_leaking_model
@@ -61,6 +62,7 @@ def trainable_model(
     """
     base = load_model(recipe.model, seed=recipe.train.seed).to(device)  # type: ignore[arg-type]  # a decorated method
     make_generation_settings_savable_(base)
+    use_one_thread_for_tiny_model(model, say)
     if recipe.data.packing:
         refuse_leaking_model(base, rows=max(recipe.train.per_device_batch_size, recipe.eval.batch_size or 1))
     model = base if recipe.lora is None else add_lora(base, recipe.lora, seed=recipe.train.seed)
