@@ -62,7 +62,7 @@ def trainable_model(
     """
     base = load_model(recipe.model, seed=recipe.train.seed).to(device)  # type: ignore[arg-type]  # a decorated method
     make_generation_settings_savable_(base)
-    use_one_thread_for_tiny_model(model, say)
+    use_one_thread_for_tiny_model(base, say)
     if recipe.data.packing:
         refuse_leaking_model(base, rows=max(recipe.train.per_device_batch_size, recipe.eval.batch_size or 1))
     model = base if recipe.lora is None else add_lora(base, recipe.lora, seed=recipe.train.seed)
