@@ -23,10 +23,10 @@ from lowmem.recipe.load import load_recipe
 
 ROOT = Path(__file__).parent.parent
 METHODS: dict[str, tuple[list[float], list[str]]] = {
-    "adamw": ([1e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2], []),
+    "adamw": ([1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2], []),
     "galore": (
-        [1e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2],
-        ["optimizer.rank=16", "optimizer.refresh_every=50"],
+        [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2],
+        ["optimizer.rank=32", "optimizer.refresh_every=50", "optimizer.on_refresh=rotate"],
     ),
 }
 
@@ -43,6 +43,7 @@ def overrides(arguments: argparse.Namespace, folder: str) -> list[str]:
         "data.eval.format=prompt_response",
         "data.eval.skip=0.9",
         "data.max_length=256",
+        "optimizer.fallback=null",
         "eval.loss_only=true",
         "eval.at_start=false",
         "eval.every=null",

@@ -34,7 +34,6 @@ def seconds(run: Path) -> float:
 def demo_section(run: Path) -> str:
     """What the demo showed, in Markdown."""
     document = json.loads((run / "memory.json").read_text())
-    environment = json.loads((run / "environment.json").read_text())
     before, after = evaluations(run)[0], evaluations(run)[-1]
     conditions = document["conditions"]
     state = document["parts"]["optimizer_state"]
@@ -43,7 +42,7 @@ def demo_section(run: Path) -> str:
         [
             START,
             f"`make demo` trains {conditions['parameters']:,} parameters from scratch in {seconds(run):.0f} s"
-            f" on {environment['cpu_cores']} cores. Right answers to problems it has never seen:"
+            f" on a CPU. Right answers to problems it has never seen:"
             f" **{before['exact_match']:.0%} before, {after['exact_match']:.0%} after**."
             f" Optimizer state: **{1 - state / adamw_state:.0%} less** than AdamW's;"
             f" peak memory: **{document['saved_fraction']:.0%} less**, every byte counted on the same batch:",
