@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, or what `lowmem --help` lists."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     _print_what_the_terminal_cannot_show_as_escapes_()
+    # peft imports bitsandbytes wherever it is installed, which then advises installing yet another package.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         code = _run(arguments)
         sys.stdout.flush()
