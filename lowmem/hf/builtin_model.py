@@ -38,6 +38,7 @@ def character_tokenizer() -> PreTrainedTokenizerBase:
     """One token for each printable ASCII character, tab and line end; any other character is `<unk>`.
 
     It adds no token by itself and has no chat template. Decoding gives back every ASCII text unchanged.
+    A text that spells out a special token, such as `</s>`, holds that token, as with other tokenizers.
     """
     vocabulary = {token: number for number, token in enumerate((*SPECIAL_TOKENS, *CHARACTERS))}
     # Byte-pair encoding without a single merge leaves characters, and keeps blanks and line ends as they are.
