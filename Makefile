@@ -11,7 +11,7 @@ PIP := -m pip --disable-pip-version-check install --quiet
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-slow check format bench docs clean
+.PHONY: help setup demo test test-slow test-floor check format bench docs clean
 
 help: ## show these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
