@@ -69,18 +69,7 @@ def _sgd(
 ) -> None:
     if wd:
         param.mul_(1 - lr * wd)
-    torch._fused_sgd_(
-        [param],
-        [grad],
-        [state["momentum_buffer"]] if rule.momentum else [],
-        weight_decay=0.0,
-        momentum=rule.momentum,
-        lr=lr,
-        dampening=rule.dampening,
-        nesterov=rule.nesterov,
-        maximize=False,
-        is_first_step=step == 1,
-    )
+    _momentum_step_(param, grad, state, step, rule.momentum, rule.dampening, rule.nesterov, lr)
 
 
 def _sgd_sai(
@@ -94,16 +83,31 @@ def _sgd_sai(
 ) -> None:
     if wd:
         param.mul_(1 - lr * wd)
+    # The rate is a tensor, so that the device is never asked for the ratio's value.
+    scaled_lr = state["gsnr"] * (lr / rule.normalizer)
+    _momentum_step_(param, grad, state, step, rule.momentum, rule.momentum, False, scaled_lr)
+
+
+def _momentum_step_(
+    param: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    step: int,
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+    lr: float | Tensor,
+) -> None:
+    """torch's fused SGD on one tensor, its coupled weight decay left out."""
     torch._fused_sgd_(
         [param],
         [grad],
-        [state["momentum_buffer"]] if rule.momentum else [],
+        [state["momentum_buffer"]] if momentum else [],
         weight_decay=0.0,
-        momentum=rule.momentum,
-        lr=state["gsnr"]
-        * (lr / rule.normalizer),  # a tensor, so that the device is never asked for its value
-        dampening=rule.momentum,
-        nesterov=False,
+        momentum=momentum,
+        lr=lr,
+        dampening=dampening,
+        nesterov=nesterov,
         maximize=False,
         is_first_step=step == 1,
     )
