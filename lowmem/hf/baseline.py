@@ -23,11 +23,9 @@ import torch
 from torch import nn
 
 from lowmem.hf.adamw_variants import adamw_variants
-from lowmem.hf.callbacks import MeterBorders
-from lowmem.hf.metering import StepWatch
 from lowmem.hf.model_setup import trainable_model
-from lowmem.hf.recorded_batches import BatchRecorder, RecordedBatches, only_item
-from lowmem.hf.trainer import LowMemTrainer
+from lowmem.hf.recorded_batches import BatchRecorder, RecordedBatches
+from lowmem.hf.replayed_steps import replay, replay_arguments
 from lowmem.hf.training_arguments import training_arguments
 from lowmem.memory.measure import Measured, meter_for
 from lowmem.recipe.load import load_recipe
@@ -81,28 +79,10 @@ def measure_variant(
     output_dir: Path,
 ) -> Measured:
     """Run the recorded steps with one AdamW and return what the meter saw."""
-    args = training_arguments(recipe, output_dir)
-    args.per_device_train_batch_size = 1  # an item is a whole micro-batch
-    args.gradient_accumulation_steps = data.micro_batches
-    args.max_steps = data.num_steps
-    args.train_sampling_strategy = "sequential"
-    args.logging_strategy = args.save_strategy = "no"
+    args = replay_arguments(training_arguments(recipe, output_dir), data)
     model = trainable_model(recipe, device=args.device, probe_batch=data[0], say=lambda text: None)
     meter = meter_for(model, args.device)
-    watch = StepWatch(meter)
-    trainer = LowMemTrainer(
-        model=model,
-        args=args,
-        optimizer_of=optimizer_of,
-        schedule=recipe.train.lr_scheduler,
-        train_dataset=data,
-        collate=only_item,
-        watch=watch,
-        callbacks=[MeterBorders(watch)],
-    )
-    meter.watch(trainer.create_optimizer())
-    with watch.closed_at_the_end():
-        trainer.train()
+    replay(recipe, model, data, optimizer_of, meter, args)
     return meter.measured()
 
 

@@ -49,7 +49,7 @@ def load_model(recipe: ModelRecipe, *, seed: int) -> PreTrainedModel:
     }
     try:
         with quiet_transformers(), torch.random.fork_rng([]):
-            _check_kind(AutoConfig.from_pretrained(name, **where), recipe)
+            check_kind(AutoConfig.from_pretrained(name, **where), recipe)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name,
                 **where,
@@ -105,7 +105,7 @@ def _check_attention(recipe: ModelRecipe) -> None:
         )
 
 
-def _check_kind(config: PreTrainedConfig, recipe: ModelRecipe) -> None:
+def check_kind(config: PreTrainedConfig, recipe: ModelRecipe) -> None:
     settings = config.to_dict()
     kind = f"{config.model_type} ({', '.join(settings.get('architectures') or ['no architecture named'])})"
     has_own_code = recipe.trust_remote_code and "AutoModelForCausalLM" in (settings.get("auto_map") or {})

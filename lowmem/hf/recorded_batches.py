@@ -36,16 +36,12 @@ class BatchRecorder:
         save_file(tensors, path)
 
 
-class RecordedBatches(Dataset[Batch]):
-    """The saved micro-batches in their order; use with batch size 1 and `only_item`."""
+class StepBatches(Dataset[Batch]):
+    """The micro-batches of some steps in their order; use with batch size 1 and `only_item`."""
 
-    def __init__(self, path: Path):
-        grouped: dict[tuple[int, int], Batch] = {}
-        for key, value in load_file(path).items():
-            step, micro, name = key.split(".", 2)
-            grouped.setdefault((int(step), int(micro)), {})[name] = value
-        self.batches = [grouped[index] for index in sorted(grouped)]
-        self.num_steps = len({step for step, _ in grouped})
+    def __init__(self, steps: list[list[Batch]]):
+        self.batches = [batch for step in steps for batch in step]
+        self.num_steps = len(steps)
         self.micro_batches = len(self.batches) // self.num_steps
 
     def __len__(self) -> int:
@@ -53,6 +49,17 @@ class RecordedBatches(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         return self.batches[index]
+
+
+class RecordedBatches(StepBatches):
+    """Those that `BatchRecorder.save` has written."""
+
+    def __init__(self, path: Path):
+        steps: dict[int, dict[int, Batch]] = {}
+        for key, value in load_file(path).items():
+            step, micro, name = key.split(".", 2)
+            steps.setdefault(int(step), {}).setdefault(int(micro), {})[name] = value
+        super().__init__([[steps[step][micro] for micro in sorted(steps[step])] for step in sorted(steps)])
 
 
 def only_item(batches: list[Batch]) -> Any:

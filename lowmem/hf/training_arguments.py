@@ -23,10 +23,14 @@ def refuse_sharded_launch() -> None:
             )
 
 
-def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
+def training_arguments(recipe: Recipe, output_dir: Path, *, use_cpu: bool | None = None) -> TrainingArguments:
     """Arguments of the Trainer. The optimizer, the schedule, the evaluation, the progress line and the
-    clean-up of old checkpoints are lowmem's own, so their fields here stay off."""
+    clean-up of old checkpoints are lowmem's own, so their fields here stay off.
+
+    `use_cpu` None takes the GPU where there is one.
+    """
     refuse_sharded_launch()
+    use_cpu = not torch.cuda.is_available() if use_cpu is None else use_cpu
     train, save, report = recipe.train, recipe.save, recipe.report
     args = TrainingArguments(
         output_dir=str(output_dir),
@@ -36,7 +40,7 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         max_grad_norm=0.0 if train.max_grad_norm is None else train.max_grad_norm,
         # Without this, several processes on CPUs would each train a model of their own.
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=use_cpu,
         seed=train.seed,
         data_seed=train.seed,
         logging_strategy="steps",
@@ -51,7 +55,7 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
         log_level="error",
         log_level_replica="error",
         remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=not use_cpu,
         ddp_find_unused_parameters=False,
         average_tokens_across_devices=True,
     )

@@ -65,16 +65,22 @@ class TrackedMeter:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        tracker = ByteTracker(lambda: owned_tensors(self._model, self._optimizer))
+        tracker = self._new_tracker()
         self._tracker = tracker
         try:
             with tracker:
                 yield
         finally:
             self._tracker = None
-        fullest = tracker.fullest()
-        self._readings.append(Reading(fullest.peak_bytes, fullest.parts))
+        self._readings.append(self._reading(tracker))
         self._warnings |= tracker.uncounted
+
+    def _new_tracker(self) -> ByteTracker:
+        return ByteTracker(lambda: owned_tensors(self._model, self._optimizer))
+
+    def _reading(self, tracker: ByteTracker) -> Reading:
+        fullest = tracker.fullest()
+        return Reading(fullest.peak_bytes, fullest.parts)
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:

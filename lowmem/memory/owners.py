@@ -11,21 +11,25 @@ from torch import Tensor, nn
 from lowmem.memory.ledger import ALLOCATION_BYTES, Part, rounded
 
 
-def owned_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[tuple[Part, Tensor]]:
-    """Every tensor the model and the optimizer hold now; one storage may come several times."""
-    params = {id(param): param for param in model.parameters()}
+def owned_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> Iterator[tuple[Part, Tensor, str]]:
+    """(part, tensor, name) of all that the model and the optimizer hold now; one storage may come several times."""
+    names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
     if optimizer is not None:
-        params.update({id(p): p for group in optimizer.param_groups for p in group["params"]})
-    for param in params.values():
-        yield "weights", param
-    for buffer in model.buffers():
-        yield "weights", buffer
-    for param in params.values():
+        for param in (param for group in optimizer.param_groups for param in group["params"]):
+            names.setdefault(param, "a parameter outside the model")
+    for param, name in names.items():
+        yield "weights", param, name
+    for name, buffer in model.named_buffers():
+        yield "weights", buffer, name
+    for param, name in names.items():
         if param.grad is not None:
-            yield "gradients", param.grad
+            yield "gradients", param.grad, f"gradient of {name}"
     if optimizer is not None:
-        for tensor in _tensors_in(optimizer.state):
-            yield "optimizer_state", tensor
+        for owner, state in optimizer.state.items():
+            for tensor, slot in _tensors_in(state):
+                yield "optimizer_state", tensor, f"{slot} of {names.get(owner, 'the optimizer')}".lstrip()
 
 
 def owned_bytes(
@@ -34,7 +38,7 @@ def owned_bytes(
     """Bytes of these tensors on `device` as its allocator rounds them; a shared storage counts once."""
     seen: set[int] = set()
     total: dict[Part, int] = {"weights": 0, "gradients": 0, "optimizer_state": 0}
-    for part, tensor in owned_tensors(model, optimizer):
+    for part, tensor, _ in owned_tensors(model, optimizer):
         for storage in storages_of(tensor):
             if tensor.device == device and storage._cdata not in seen:
                 seen.add(storage._cdata)
@@ -54,13 +58,13 @@ def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
     raise ValueError(f"the bytes of {tensor.layout} tensors cannot be counted")
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Tensors inside mappings, lists and tuples, which is how optimizers keep their state."""
+def _tensors_in(value: Any, name: str = "") -> Iterator[tuple[Tensor, str]]:
+    """(tensor, key) inside mappings, lists and tuples, which is how optimizers keep their state."""
     if isinstance(value, Tensor):
-        yield value
+        yield value, name
     elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _tensors_in(inner)
+        for key, inner in value.items():
+            yield from _tensors_in(inner, str(key))
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            yield from _tensors_in(inner)
+            yield from _tensors_in(inner, name)

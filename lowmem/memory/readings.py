@@ -8,7 +8,7 @@ from typing import Literal
 
 from lowmem.memory.ledger import Part
 
-Source = Literal["tracked", "allocator"]
+Source = Literal["tracked", "allocator", "simulated", "formula"]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,13 @@ _CERTAIN: tuple[Part, ...] = ("weights", "gradients", "optimizer_state")
 _ANNOUNCES_A_NEW_TENSOR = torch.ops.aten.lift_fresh.default
 """torch.tensor(), torch.from_numpy() and the like make their storage without an operator, then call this."""
 
-Owners = Callable[[], Iterable[tuple[Part, Tensor]]]
+_ASKS_FOR_THE_DEVICE = torch.ops.prim.device.default
+"""What every `tensor.device` of a fake tensor calls."""
+
+Owners = Callable[[], Iterable[tuple[Part, Tensor, str]]]
+"""Gives (part, tensor, name) of every tensor whose part is certain."""
+ScratchBytes = Callable[[Any, tuple[Any, ...]], int]
+"""(operator, its arguments) -> bytes of its workspace."""
 
 
 class ByteTracker(TorchDispatchMode):
@@ -46,16 +52,29 @@ class ByteTracker(TorchDispatchMode):
 
     Views, detached and in-place tensors share a storage and count once. Only tensors on
     `device_type` count. `round_to` bytes is the allocator's step: 512 as on CUDA, 1 for plain sums.
+
+    `scratch_bytes` adds what an operator takes for itself and gives back before it returns, which no count
+    of tensors sees; without it there is none. With `names_makers` each life says which operator made it.
     """
 
-    def __init__(self, owners: Owners, *, device_type: str = "cpu", round_to: int = ALLOCATION_BYTES):
+    def __init__(
+        self,
+        owners: Owners,
+        *,
+        device_type: str = "cpu",
+        round_to: int = ALLOCATION_BYTES,
+        scratch_bytes: ScratchBytes | None = None,
+        names_makers: bool = False,
+    ):
         super().__init__()
         self.uncounted: set[str] = set()
         """Why tensors, if any, could not be counted."""
+        self.ledger = Ledger()
+        self._scratch_bytes = scratch_bytes
+        self._names_makers = names_makers
         self._owners = owners
         self._device_type = device_type
         self._round_to = round_to
-        self._ledger = Ledger()
         self._living: dict[int, tuple[weakref.ref[torch.UntypedStorage], Life]] = {}
         self._phase: Phase | None = None
         self._undecided: list[Life] = []  # born since the last phase began or ended
@@ -63,7 +82,7 @@ class ByteTracker(TorchDispatchMode):
 
     def fullest(self) -> Fullest:
         """The moment of the step with the most live bytes, by part."""
-        return self._ledger.fullest()
+        return self.ledger.fullest()
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
@@ -75,12 +94,18 @@ class ByteTracker(TorchDispatchMode):
         self._ask_owners(born=True)
         self._survivors_are("other")
         self._phase = name
+        self.at("")
         try:
             yield
         finally:
             self._phase = None
+            self.at("")
             self._ask_owners(born=True)
             self._survivors_are("activations" if name == "forward" else "temporary")
+
+    def at(self, place: str) -> None:
+        """Say where the work from now on happens, for `fullest().place`."""
+        self.ledger.at(self._phase, place)
 
     def __enter__(self) -> ByteTracker:
         self._ask_owners(born=False)
@@ -107,15 +132,21 @@ class ByteTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is _ASKS_FOR_THE_DEVICE:
+            return func(*args, **kwargs)
         is_new = func is _ANNOUNCES_A_NEW_TENSOR
         for tensor in (*_tensors(args), *_tensors(kwargs)):
             self._see(tensor, born=is_new)
         result = func(*args, **kwargs)
         for tensor in _tensors(result):
-            self._see(tensor, born=True)
+            self._see(tensor, born=True, maker=func)
+        if self._scratch_bytes is not None and (nbytes := self._scratch_bytes(func, args)):
+            self.ledger.died(self.ledger.born(rounded(nbytes, self._round_to), "temporary"))
         return result
 
-    def _see(self, tensor: Tensor, *, born: bool, part: Part | None = None) -> None:
+    def _see(
+        self, tensor: Tensor, *, born: bool, part: Part | None = None, maker: Any = None, name: str = ""
+    ) -> None:
         """Count the storages of `tensor` that are new, and give them `part` where it is certain."""
         if tensor.device.type != self._device_type:
             return
@@ -129,32 +160,36 @@ class ByteTracker(TorchDispatchMode):
             entry = self._living.get(key)
             if entry is None:
                 entry = self._register(storage, key, born)
+                if maker is not None and self._names_makers:
+                    entry[1].made_by = _described(str(maker).removeprefix("aten."), tensor)
             else:
                 self._note_size(storage)
             if part is not None and entry[1].part not in _CERTAIN:
                 entry[1].part = part
+                if self._names_makers and name:
+                    entry[1].made_by = _described(name, tensor)
 
     def _register(
         self, storage: torch.UntypedStorage, key: int, born: bool
     ) -> tuple[weakref.ref[torch.UntypedStorage], Life]:
         nbytes = rounded(storage.nbytes(), self._round_to)
         if born:
-            life = self._ledger.born(nbytes, "temporary")
+            life = self.ledger.born(nbytes, "temporary", key)
             self._undecided.append(life)
         else:
-            life = self._ledger.found(nbytes, "other")
+            life = self.ledger.found(nbytes, "other", key)
         entry = (weakref.ref(storage, partial(self._freed, key, life)), life)
         self._living[key] = entry
         return entry
 
     def _freed(self, key: int, life: Life, _: weakref.ref[torch.UntypedStorage]) -> None:
         self._living.pop(key, None)
-        self._ledger.died(life)
+        self.ledger.died(life)
 
     def _note_size(self, storage: torch.UntypedStorage) -> None:
         entry = self._living.get(storage._cdata)
         if entry is not None:
-            self._ledger.resized(entry[1], rounded(storage.nbytes(), self._round_to))
+            self.ledger.resized(entry[1], rounded(storage.nbytes(), self._round_to))
 
     def _before_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for group in optimizer.param_groups:
@@ -163,14 +198,18 @@ class ByteTracker(TorchDispatchMode):
                     self._see(param.grad, born=True, part="gradients")
 
     def _ask_owners(self, *, born: bool) -> None:
-        for part, tensor in self._owners():
-            self._see(tensor, born=born, part=part)
+        for part, tensor, name in self._owners():
+            self._see(tensor, born=born, part=part, name=name)
 
     def _survivors_are(self, part: Part) -> None:
         for life in self._undecided:
             if life.alive and life.part not in _CERTAIN:
                 life.part = part
         self._undecided = []
+
+
+def _described(name: str, tensor: Tensor) -> str:
+    return f"{name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

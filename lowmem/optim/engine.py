@@ -223,7 +223,9 @@ class LowMemOptimizer(torch.optim.Optimizer):
         step = (self._steps[param] if param in self._steps else int(step_tensor)) + 1
         self._steps[param] = step
         step_tensor.fill_(step)
-        known = self._known.setdefault(param, set())
+        return self._context(param, group, step, self._known.setdefault(param, set()))
+
+    def _context(self, param: Tensor, group: dict[str, Any], step: int, known: set[str]) -> Context:
         return Context(step=step, name=self._name_of(param), seed=group["seed"], known=known)
 
     def _name_of(self, param: Tensor) -> str:
