@@ -12,14 +12,17 @@ from peft import PeftModel
 
 from lowmem.hf.atomic_folder import disk_faults_explained
 from lowmem.hf.baseline import measure_baselines
+from lowmem.hf.conditions import conditions
 from lowmem.hf.final_model import write_final_model
 from lowmem.hf.lora import merge
 from lowmem.hf.metrics import MetricsFile, Value, printable_number
+from lowmem.hf.planned_beside import plan_of_measured_steps
 from lowmem.hf.recorded_batches import BatchRecorder
 from lowmem.hf.run_folder import RunFolder
 from lowmem.hf.setup import Run, Say
 from lowmem.memory.measure import Measured
 from lowmem.memory.report import memory_document, table, write_report
+from lowmem.recipe.schema import Recipe
 
 
 def save_final_model(run: Run) -> None:
@@ -42,28 +45,18 @@ def evaluate_at_the_end(run: Run) -> None:
         run.trainer.evaluate()
 
 
-def conditions(run: Run) -> dict[str, Any]:
-    """What a number of memory.json depends on."""
-    recipe, train = run.recipe, run.recipe.train
+def conditions_of(run: Run) -> dict[str, Any]:
     params = list(run.trainer.trained_model.parameters())
-    return {
-        "model": recipe.model.name_or_path,
-        "parameters": sum(param.numel() for param in params),
-        "trained_parameters": sum(param.numel() for param in params if param.requires_grad),
-        "dtype": recipe.model.dtype,
-        "optimizer": recipe.optimizer.name,
-        "lora": recipe.lora is not None,
-        "sequence_length": run.batches.longest_sequence(),
-        "per_device_batch_size": train.per_device_batch_size,
-        "gradient_accumulation_steps": train.gradient_accumulation_steps,
-        "packing": recipe.data.packing,
-        "activation_checkpointing": train.activation_checkpointing,
-        "loss": train.loss,
-        "attn": recipe.model.attn,
-        "device": torch.cuda.get_device_name(run.args.device) if run.args.device.type == "cuda" else "cpu",
-        "world_size": run.args.world_size,
-        "torch": torch.__version__,
-    }
+    device = run.args.device
+    return conditions(
+        run.recipe,
+        parameters=sum(param.numel() for param in params),
+        trained_parameters=sum(param.numel() for param in params if param.requires_grad),
+        sequence_length=run.batches.longest_sequence(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        world_size=run.args.world_size,
+        torch=torch.__version__,
+    )
 
 
 @dataclass(frozen=True)
@@ -71,11 +64,11 @@ class Findings:
     """What is left of a run when its model has been let go."""
 
     folder: RunFolder
+    recipe: Recipe
     measured: Measured | None
     batches: BatchRecorder
     conditions: dict[str, Any]
     gpu_bytes: int | None
-    baseline: str
     say: Say
 
 
@@ -84,15 +77,27 @@ def let_go(run: Run) -> Findings:
     device = run.args.device
     findings = Findings(
         folder=run.folder,
+        recipe=run.recipe,
         measured=run.watch.measured(),
         batches=run.batches,
-        conditions=conditions(run),
+        conditions=conditions_of(run),
         gpu_bytes=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
-        baseline=run.recipe.report.baseline,
         say=run.say,
     )
     run.trainer.accelerator.end_training()
     return findings
+
+
+def planned_beside(findings: Findings) -> Measured | str | None:
+    """The plan of the measured steps; None when the recipe wants none."""
+    if not findings.recipe.report.plan:
+        return None
+    return plan_of_measured_steps(
+        findings.recipe,
+        findings.batches.steps,
+        on_cuda=findings.gpu_bytes is not None,
+        world_size=findings.conditions["world_size"],
+    )
 
 
 def report(findings: Findings) -> None:
@@ -102,15 +107,17 @@ def report(findings: Findings) -> None:
         torch.cuda.empty_cache()
     if findings.measured is not None:
         found: dict[str, Measured | str] = {}
-        if findings.baseline == "adamw":
+        if findings.recipe.report.baseline == "adamw":
             findings.say("measuring AdamW on the same steps ...")
             found = measure_baselines(findings.folder.recipe, findings.batches)
+        planned = planned_beside(findings)
         reasons = {name: f"not measured: {one}" for name, one in found.items() if isinstance(one, str)}
         document = memory_document(
             findings.measured,
             {name: one for name, one in found.items() if isinstance(one, Measured)},
             findings.conditions | reasons,
             gpu_bytes=findings.gpu_bytes,
+            planned=planned,
         )
         with disk_faults_explained("memory.json", findings.folder.newest_checkpoint()):
             findings.folder.memory.write_text(json.dumps(document, indent=2), encoding="utf-8")

@@ -28,6 +28,8 @@ from lowmem.hf.environment import describe_environment
 from lowmem.hf.evaluation import HeldOut
 from lowmem.hf.interrupt import Interrupt
 from lowmem.hf.make_optimizer import make_optimizer, model_bytes, trainable_bytes
+from lowmem.hf.memory_snapshot import FILE as SNAPSHOT
+from lowmem.hf.memory_snapshot import SnapshotOfAStep
 from lowmem.hf.metering import StepWatch
 from lowmem.hf.model import load_tokenizer
 from lowmem.hf.model_setup import model_summary, trainable_model
@@ -119,6 +121,8 @@ def prepare_run(recipe: Recipe, interrupt: Interrupt) -> Run:
     callbacks.append(stop)  # after EvaluateEvery: a stop comes before an evaluation
     if is_main:
         callbacks.append(RunLog(folder.metrics, PeakSoFar(watch, args.device)))
+    if recipe.report.memory_snapshot and is_main:
+        callbacks.append(SnapshotOfAStep(folder.path / SNAPSHOT, say))
     callbacks.append(StopOnNonFinite(folder))  # after RunLog: the row that stops the run is written
     trainer = LowMemTrainer(
         model=model,

@@ -21,8 +21,9 @@ from lowmem.hf.model_from_config import load_config, model_without_weights
 from lowmem.hf.recorded_batches import Batch, StepBatches
 from lowmem.hf.replayed_steps import replay, replay_arguments
 from lowmem.hf.training_arguments import training_arguments
+from lowmem.memory.plan_document import Moment
 from lowmem.memory.readings import Measured
-from lowmem.memory.simulate import Moment, SimulatedMeter, Simulation
+from lowmem.memory.simulate import SimulatedMeter, Simulation
 from lowmem.optim.engine import LowMemOptimizer
 from lowmem.optim.without_values import pretend_until_refresh_
 from lowmem.recipe.schema import Recipe

@@ -38,6 +38,9 @@ class Allocator(Protocol):
     def num_retries(self) -> int:
         """How often, ever, the device was full and cached blocks had to be given back first."""
 
+    def device_used(self) -> int:
+        """Bytes of the device that are taken now by all processes, CUDA's context and libraries included."""
+
 
 class CudaAllocator:
     def __init__(self, device: torch.device):
@@ -58,6 +61,10 @@ class CudaAllocator:
 
     def num_retries(self) -> int:
         return int(torch.cuda.memory_stats(self.device)["num_alloc_retries"])
+
+    def device_used(self) -> int:
+        free_bytes, total_bytes = torch.cuda.mem_get_info(self.device)
+        return total_bytes - free_bytes
 
 
 class AllocatorMeter:
@@ -88,7 +95,9 @@ class AllocatorMeter:
         finally:
             self._step = None
         self._retries += self._allocator.num_retries() - retries
-        self._readings.append(Reading(step.peak_bytes, step.parts, self._allocator.peak_reserved()))
+        # The allocator keeps what it has reserved, so the driver's number after a step is that of its peak.
+        reserved, driver = self._allocator.peak_reserved(), self._allocator.device_used()
+        self._readings.append(Reading(step.peak_bytes, step.parts, reserved, driver))
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:

@@ -9,7 +9,14 @@ from typing import Any
 from lowmem.memory.blocks import Block, Bullets, Code, Heading, Paragraph, Picture, Table
 from lowmem.memory.plots import series
 from lowmem.memory.run_files import RunFiles
-from lowmem.memory.table import accounts, method_line, saving_lines, table_rows, warning_lines
+from lowmem.memory.table import (
+    accounts,
+    method_line,
+    plan_lines,
+    saving_lines,
+    table_rows,
+    warning_lines,
+)
 from lowmem.memory.wording import condition_lines, number, percent, shown, size
 
 LAST_EVALUATIONS = 12
@@ -66,6 +73,7 @@ def _memory(run: RunFiles, pictures: set[str]) -> list[Block]:
         blocks.append(Picture("plots/memory.png", "Peak memory by part, this run and AdamW on the same work"))
     blocks.append(Table(head, rows, strong=(peak,)))
     lines = [f"{line[0].upper()}{line[1:]}." for line in saving_lines(run.memory)]
+    lines += [f"{line[0].upper()}{line[1:]}." for line in plan_lines(run.memory)]
     lines += [f"Warning: {line}." for line in warning_lines(run.memory)]
     if len(accounts(run.memory)) == 1:
         lines.append("There is no AdamW run beside it, so no saving is stated.")

@@ -18,6 +18,7 @@ class Reading:
     peak_bytes: int
     parts: dict[Part, int]
     reserved_bytes: int | None = None
+    driver_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Measured:
 
     `parts` is the composition of the fullest step and sums to `peak_bytes`. `steady_peak_bytes` leaves
     out the first measured step, in which state is created; it is None when only one was measured.
-    `reserved_bytes` is what the allocator took from the device, None on a CPU.
+    `reserved_bytes` is what the allocator took from the device, None on a CPU; `driver_bytes` is what the
+    driver counts for all processes on the device, CUDA's context included.
     """
 
     peak_bytes: int
@@ -36,6 +38,7 @@ class Measured:
     source: Source
     steady_peak_bytes: int | None = None
     warnings: list[str] = field(default_factory=list)
+    driver_bytes: int | None = None
 
 
 def over_steps(readings: Sequence[Reading], source: Source, warnings: Sequence[str]) -> Measured:
@@ -45,6 +48,7 @@ def over_steps(readings: Sequence[Reading], source: Source, warnings: Sequence[s
     # Of equals the last: what libraries took for good in the first step is told from activations by then.
     fullest = max(reversed(readings), key=lambda reading: reading.peak_bytes)
     reserved = [reading.reserved_bytes for reading in readings if reading.reserved_bytes is not None]
+    driver = [reading.driver_bytes for reading in readings if reading.driver_bytes is not None]
     return Measured(
         peak_bytes=fullest.peak_bytes,
         reserved_bytes=max(reserved, default=None),
@@ -53,4 +57,5 @@ def over_steps(readings: Sequence[Reading], source: Source, warnings: Sequence[s
         source=source,
         steady_peak_bytes=max((reading.peak_bytes for reading in readings[1:]), default=None),
         warnings=list(warnings),
+        driver_bytes=max(driver, default=None),
     )

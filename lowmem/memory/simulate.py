@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,10 +24,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.memory.known_values import KnownValues
-from lowmem.memory.ledger import Life, Part, Phase
+from lowmem.memory.ledger import Life, Part
 from lowmem.memory.measure import TrackedMeter
 from lowmem.memory.owners import owned_tensors
 from lowmem.memory.places import follow_places
+from lowmem.memory.plan_document import Held, Moment
 from lowmem.memory.readings import Measured, Reading, over_steps
 from lowmem.memory.repeated_steps import RepeatedSteps
 from lowmem.memory.replayed_allocator import ReplayedAllocator
@@ -61,28 +61,6 @@ class Simulation:
     def batch(self, real: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch of integers without contents, about which the model may still ask."""
         return {name: self._values.fake(value) for name, value in real.items()}
-
-
-@dataclass(frozen=True)
-class Held:
-    """What is alive at a moment: `count` tensors of one kind, `nbytes` together."""
-
-    what: str
-    part: Part
-    count: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Moment:
-    """The fullest moment of one simulated step."""
-
-    name: str
-    peak_bytes: int
-    parts: dict[Part, int]
-    phase: Phase | None
-    place: str
-    held: list[Held]
 
 
 class SimulatedMeter(TrackedMeter):
@@ -144,19 +122,17 @@ class SimulatedMeter(TrackedMeter):
 
     def _reading(self, tracker: ByteTracker) -> Reading:
         fullest = tracker.fullest()
-        self.moments.append(
-            Moment(
-                self._next_name,
-                fullest.peak_bytes,
-                fullest.parts,
-                fullest.phase,
-                fullest.place,
-                held_at(fullest.lives),
-            )
-        )
+        parts, peak_bytes, reserved_bytes = dict(fullest.parts), fullest.peak_bytes, None
+        held = held_at(fullest.lives)
+        if self._on_cuda:
+            allocated, reserved_bytes = self._device.after_step(tracker.ledger)
+            unsplit = max(allocated - peak_bytes, 0)
+            held.append(Held("blocks of the allocator beyond their tensors", "other", 1, unsplit))
+            parts["other"] += unsplit
+            peak_bytes += unsplit
+        self.moments.append(Moment(self._next_name, peak_bytes, parts, fullest.phase, fullest.place, held))
         self._next_name = f"step {len(self.moments) + 1}"
-        reserved = self._device.after_step(tracker.ledger) if self._on_cuda else None
-        return Reading(fullest.peak_bytes, fullest.parts, reserved)
+        return Reading(peak_bytes, parts, reserved_bytes)
 
 
 def _apply_to_fakes(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

@@ -51,8 +51,20 @@ def saving_lines(document: dict[str, Any]) -> list[str]:
         line = f"saved {amount} against {title}" if ours <= theirs else f"needs {amount} more than {title}"
         lines.append(line if account["source"] == "measured" else f"{line} ({account['source']})")
     for name, reason in document.get("not_measured", {}).items():
+        if name == "planned":
+            continue
         lines.append(f"{BASELINE_NAMES.get(name, name)} was not measured: {reason}")
     return lines
+
+
+def plan_lines(document: dict[str, Any]) -> list[str]:
+    """What a simulation of the same steps says, where there is one."""
+    planned = document.get("planned")
+    if planned is None:
+        reason = document.get("not_measured", {}).get("planned")
+        return [] if reason is None else [f"not planned: {reason}"]
+    off = f"{100 * planned['error']:+.1f} %".replace("+0.0 %", "0.0 %").replace("-0.0 %", "0.0 %")
+    return [f"planned {size(planned['peak_bytes'])} for the same steps, {off} of what was measured"]
 
 
 def warning_lines(document: dict[str, Any]) -> list[str]:
@@ -85,7 +97,8 @@ def table(document: dict[str, Any]) -> str:
     lines = [line(head), rule]
     for row in rows:
         lines += [rule, line(row)] if row[0] == "peak" else [line(row)]
-    savings = [text for line in saving_lines(document) for text in textwrap.wrap(line, WIDTH)]
+    found = [*saving_lines(document), *plan_lines(document)]
+    savings = [text for line in found for text in textwrap.wrap(line, WIDTH)]
     lines += ["", *savings] if savings else []
     conditions = ", ".join(f"{name} {value}" for name, value in condition_lines(document["conditions"]))
     for text in (

@@ -19,10 +19,16 @@ BASELINE_NAMES = {
     "adamw_fused": "AdamW fused",
     "adamw_foreach": "AdamW foreach",
     "adamw_fused_backward": "AdamW in backward",
+    "adamw_fp32_master": "AdamW, fp32 master",
+    "adamw8bit": "AdamW 8-bit",
+    "lora_r16": "LoRA r=16",
+    "qlora_r16": "QLoRA r=16",
 }
 MEASURED_BY = {
     "tracked": "live tensors counted operator by operator, in blocks of 512 bytes",
     "allocator": "the CUDA allocator's counters",
+    "simulated": "simulated operator by operator on tensors without contents",
+    "formula": "formulas",
 }
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 

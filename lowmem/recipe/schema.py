@@ -158,7 +158,11 @@ class ReportRecipe:
     baseline: Literal["adamw", "none"] = key(
         "adamw", "run a few AdamW steps on the same work to compare memory"
     )
+    plan: bool = key(True, "simulate the measured steps afterwards, to hold plan against measurement")
     log_every: int = key(10, "steps between two lines of metrics.jsonl", at_least=1)
+    memory_snapshot: bool = key(
+        False, "on CUDA, write one step's allocations for the viewer at pytorch.org/memory_viz"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ data:
 optimizer: {{name: galore, lr: 3.0e-3, rank: 4, refresh_every: 3}}
 train: {{max_steps: 6, per_device_batch_size: 4, lr_scheduler: {{name: cosine}}}}
 save: {{dir: {run}}}
-report: {{baseline: none, log_every: 2}}
+report: {{baseline: none, plan: false, log_every: 2}}
 """
 
 

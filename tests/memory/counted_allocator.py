@@ -15,6 +15,7 @@ class CountedAllocator(TorchDispatchMode):
         self._seen: dict[int, weakref.ref] = {}
         self._now = self._peak = 0
         self.retries = 0
+        self.context_bytes = 400 * 1024**2
         self.waited = 0
         for tensor in residents:
             self._count(tensor)
@@ -55,6 +56,9 @@ class CountedAllocator(TorchDispatchMode):
 
     def num_retries(self) -> int:
         return self.retries
+
+    def device_used(self) -> int:
+        return self.peak_reserved() + self.context_bytes
 
 
 def allocator_for(model: nn.Module, *batches: Tensor) -> CountedAllocator:
