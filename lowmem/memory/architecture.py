@@ -102,7 +102,7 @@ class Architecture:
         if family is None:
             raise RefusedError(
                 f"The fast memory plan has formulas for {', '.join(FAMILIES)}, and this model is {name}. "
-                "The simulation handles every model: lowmem plan without the flag that asks for formulas."
+                "The simulation handles every model: lowmem plan without --formula or --search."
             )
         heads = _size(config, "num_attention_heads")
         hidden = _size(config, "hidden_size")

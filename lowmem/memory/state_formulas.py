@@ -1,0 +1,163 @@
+"""Optimizer state of one parameter, from the optimizer's name, its settings and a shape. Imports no torch.
+
+    optimizer   state of a parameter of N values, (m, n) with m <= n where it is a matrix
+    adamw       exp_avg N, exp_avg_sq N
+    sgd         momentum_buffer N; nothing without momentum
+    sgd_sai     momentum_buffer N (nothing without momentum), gsnr 1 in float32
+    galore      basis m r, exp_avg r n, exp_avg_sq r n; as adamw where r >= m and for what is no matrix
+
+and `step`, 4 bytes. A value takes the bytes of its role's storage format. The tests hold every optimizer
+equal to `LowMemOptimizer.state_bytes()`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lowmem.errors import RecipeError
+from lowmem.memory.architecture import Parameter, Shape
+from lowmem.memory.ledger import rounded
+from lowmem.recipe.optimizer_table import optimizer_table
+from lowmem.recipe.schema import OptimizerRecipe
+
+STEP_BYTES = 4
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """Values of one tensor of state; the role decides their storage format."""
+
+    numel: int
+    role: str = "moment"
+
+
+State = dict[str, StateTensor]
+
+
+def _adamw(settings: Settings, shape: Shape) -> State:
+    numel = math.prod(shape)
+    return {"exp_avg": StateTensor(numel), "exp_avg_sq": StateTensor(numel, "variance")}
+
+
+def _sgd(settings: Settings, shape: Shape) -> State:
+    return {"momentum_buffer": StateTensor(math.prod(shape))} if settings["momentum"] else {}
+
+
+def _sgd_sai(settings: Settings, shape: Shape) -> State:
+    return {**_sgd(settings, shape), "gsnr": StateTensor(1, "scalar")}
+
+
+def _galore(settings: Settings, shape: Shape) -> State:
+    if not is_low_rank(settings, shape):
+        return _adamw(settings, shape)
+    *batch, rows, columns = shape
+    short, long = min(rows, columns), max(rows, columns)
+    basis = StateTensor(math.prod(batch) * short * settings["rank"], "basis")
+    return {"basis": basis, **_adamw(settings, (*batch, settings["rank"], long))}
+
+
+FORMULAS: dict[str, Callable[[Settings, Shape], State]] = {
+    "adamw": _adamw,
+    "sgd": _sgd,
+    "sgd_sai": _sgd_sai,
+    "galore": _galore,
+}
+"""A new optimizer is one function here, and a name below if it treats matrices only."""
+
+TREATS_MATRICES = frozenset({"galore"})
+"""Optimizers that leave all but the targeted matrices to the fallback."""
+
+_FORMAT_BYTES = {"fp32": 4, "bf16": 2}
+
+
+def is_low_rank(settings: Settings, shape: Shape) -> bool:
+    """Whether a parameter is a matrix, or a batch of them, whose smaller side exceeds `rank`."""
+    rank = settings["rank"]
+    return rank is not None and len(shape) in (2, 3) and min(shape[-2:]) > rank
+
+
+def with_defaults(algorithm: str, settings: Settings) -> dict[str, Any]:
+    """The settings with those that were left out."""
+    table = optimizer_table()[algorithm]["settings"]
+    return {**{name: entry["default"] for name, entry in table.items()}, **settings}
+
+
+def state_values(algorithm: str, settings: Settings, shape: Shape) -> State:
+    """The tensors of state of a parameter of `shape`, by name, without `step`. Defaults are filled in.
+
+    Raises NotImplementedError for an optimizer without a formula; a test keeps that from happening.
+    """
+    if algorithm not in FORMULAS:
+        raise NotImplementedError(
+            f"{algorithm} has no formula in lowmem.memory.state_formulas: add one to FORMULAS"
+        )
+    return FORMULAS[algorithm](with_defaults(algorithm, settings), shape)
+
+
+def stored_itemsize(tensor: StateTensor, settings: Settings, param_itemsize: int) -> int:
+    """Bytes of a value of `tensor` under the `storage` setting."""
+    if tensor.role == "scalar":
+        return 4
+    chosen = (settings.get("storage") or {}).get(tensor.role, "param")
+    return param_itemsize if chosen == "param" else _FORMAT_BYTES[chosen]
+
+
+def state_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: int, *, round_to: int = 1) -> int:
+    """Bytes of state of a parameter whose values take `itemsize` bytes, `step` included, each tensor rounded up."""
+    if math.prod(shape) == 0:
+        return 0
+    tensors = state_values(algorithm, settings, shape).values()
+    sizes = [each.numel * stored_itemsize(each, settings, itemsize) for each in tensors]
+    return sum(rounded(size, round_to) for size in (*sizes, STEP_BYTES))
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """Which optimizer updates a parameter, with all its settings."""
+
+    parameter: Parameter
+    algorithm: str
+    settings: Settings
+
+
+def treatments(optimizer: OptimizerRecipe, parameters: Sequence[Parameter]) -> list[Treatment]:
+    """Who updates what, as `build_optimizer` divides a model: the optimizer itself, or its fallback.
+
+    Raises RecipeError for a target that matches no linear layer.
+    """
+    settings = with_defaults(optimizer.name, optimizer.settings)
+    if optimizer.name not in TREATS_MATRICES and optimizer.fallback is None:
+        return [Treatment(each, optimizer.name, settings) for each in parameters]
+    for pattern in optimizer.target:
+        if not any(each.is_linear and pattern in each.name for each in parameters):
+            raise RecipeError(f"optimizer: target {pattern!r} matches no linear layer of the model.")
+    rest = dict(optimizer.fallback or {"name": "adamw"})
+    rest_name = rest.pop("name")
+    inherited = settings if rest_name == optimizer.name else {}
+    rest_settings = with_defaults(rest_name, {**inherited, "rounding": settings["rounding"], **rest})
+    return [
+        Treatment(each, optimizer.name, settings)
+        if each.is_linear and any(pattern in each.name for pattern in optimizer.target)
+        else Treatment(each, rest_name, rest_settings)
+        for each in parameters
+    ]
+
+
+BITSANDBYTES_BLOCK = 256
+BITSANDBYTES_SMALLEST = 4096
+"""Fewer values stay in float32."""
+BITSANDBYTES_TABLES_BYTES = 2 * 256 * 4
+"""The two tables that 8-bit codes are looked up in; all parameters share them."""
+
+
+def adamw8bit_state_bytes(numel: int, *, round_to: int = 1) -> int:
+    """bitsandbytes' 8-bit AdamW: two codes a value, and two float32 scales a block of 256."""
+    if numel < BITSANDBYTES_SMALLEST:
+        return 2 * rounded(4 * numel, round_to)
+    scales = 4 * -(-numel // BITSANDBYTES_BLOCK)
+    return 2 * (rounded(numel, round_to) + rounded(scales, round_to))

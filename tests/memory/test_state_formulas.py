@@ -1,0 +1,132 @@
+"""Optimizer state by formula against what the optimizers themselves declare."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lowmem.errors import RecipeError
+from lowmem.memory.architecture import Architecture
+from lowmem.memory.state_formulas import (
+    BITSANDBYTES_TABLES_BYTES,
+    FORMULAS,
+    TREATS_MATRICES,
+    adamw8bit_state_bytes,
+    state_bytes,
+    treatments,
+)
+from lowmem.optim import build_optimizer
+from lowmem.optim.registry import OPTIMIZERS, optimizer_class
+from lowmem.recipe.optimizer_table import optimizer_table
+from lowmem.recipe.schema import OptimizerRecipe
+
+SHAPES = [(1,), (7,), (300,), (64, 64), (33, 130), (130, 33), (129, 40), (3, 40, 24), (5, 24, 40), (0,)]
+VARIED = {
+    "momentum": [0.0, 0.9],
+    "rank": [None, 1, 32, 200],
+    "storage": [
+        None,
+        {"moment": "bf16", "variance": "fp32"},
+        {"moment": "fp32", "basis": "bf16"},
+        {"moment": "param", "variance": "bf16", "basis": "fp32"},
+    ],
+}
+SMALL_LLAMA = {
+    "vocab_size": 160,
+    "hidden_size": 96,
+    "intermediate_size": 208,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
+
+
+def variations(name: str) -> list[dict]:
+    """Every combination of the settings of `name` that decide about state."""
+    own = {key: values for key, values in VARIED.items() if key in optimizer_table()[name]["settings"]}
+    return [dict(zip(own, values, strict=True)) for values in itertools.product(*own.values())]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_has_a_formula(name):
+    assert name in FORMULAS, f"{name} has no formula in lowmem/memory/state_formulas.py: add one to FORMULAS"
+    assert (name in TREATS_MATRICES) == optimizer_class(name).treats_matrices, (
+        f"{name} belongs into TREATS_MATRICES of lowmem/memory/state_formulas.py, or out of it"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_of_a_parameter_is_what_the_optimizer_declares(name, dtype):
+    for settings in variations(name):
+        for shape in SHAPES:
+            param = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+            declared = optimizer_class(name)([param], **settings).state_bytes()
+            assert state_bytes(name, settings, shape, dtype.itemsize) == declared, (settings, shape)
+
+
+def model_and_parameters(**overrides):
+    config = AutoConfig.for_model("llama", **{**SMALL_LLAMA, **overrides})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return model, Architecture.from_config(config.to_dict()).parameters
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("target", "fallback"),
+    [
+        (["attn", "mlp"], None),
+        (["q_proj", "down_proj"], None),
+        (["mlp"], {"name": "sgd", "momentum": 0.9}),
+        (["attn"], {"name": "adamw", "storage": {"moment": "fp32"}}),
+        (["attn"], {"name": "galore", "rank": 16}),
+        (["attn"], {"name": "sgd_sai"}),
+    ],
+)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_model_is_divided_between_optimizer_and_fallback_as_build_optimizer_does_it(
+    name, target, fallback, tied
+):
+    model, parameters = model_and_parameters(tie_word_embeddings=tied)
+    settings = {"storage": {"moment": "fp32", "variance": "bf16"}}
+    declared = build_optimizer(
+        model, name, lr=1e-3, target=target, fallback=fallback, **settings
+    ).state_bytes()
+    recipe = OptimizerRecipe(name=name, target=target, fallback=fallback, settings={"lr": 1e-3, **settings})
+    found = sum(
+        state_bytes(each.algorithm, each.settings, each.parameter.shape, 2)
+        for each in treatments(recipe, parameters)
+    )
+    assert found == declared
+
+
+def test_a_target_without_a_match_is_an_error_in_words():
+    _, parameters = model_and_parameters()
+    recipe = OptimizerRecipe(name="galore", target=["attn", "expert"], settings={"lr": 1e-3})
+    with pytest.raises(RecipeError, match="target 'expert' matches no linear layer"):
+        treatments(recipe, parameters)
+
+
+def test_eight_bit_adamw_takes_what_bitsandbytes_allocates():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bitsandbytes = pytest.importorskip("bitsandbytes")
+    params = [nn.Parameter(torch.ones(numel)) for numel in (1, 4095, 4096, 5000, 100_000)]
+    optimizer = bitsandbytes.optim.AdamW8bit(params)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for state in optimizer.state.values()
+        for tensor in state.values()
+        if isinstance(tensor, torch.Tensor)
+    }
+    expected = sum(adamw8bit_state_bytes(param.numel()) for param in params)
+    assert sum(storages.values()) == expected + BITSANDBYTES_TABLES_BYTES
