@@ -19,6 +19,7 @@ VERBS = {
     "show": "print a recipe, what it comes to with every default, or every key there is",
     "validate": "check a recipe and name everything that is wrong with it",
     "train": "fine-tune the model of a recipe",
+    "compare": "measure several optimizers on the same steps of a recipe, side by side",
     "eval": "loss, perplexity and exact match of a run's model on held-out rows",
     "generate": "answer prompts with a run's model",
     "report": "write the report of a finished run again",

@@ -7,7 +7,7 @@ import textwrap
 from typing import Any
 
 from lowmem.memory.blocks import Block, Bullets, Heading, Paragraph, Picture, Table
-from lowmem.memory.comparison_plots import short_title
+from lowmem.memory.comparison_plots import short
 from lowmem.memory.ledger import PARTS
 from lowmem.memory.wording import (
     MEASURED_BY,
@@ -38,12 +38,12 @@ def table_rows(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     unit = unit_for(max(entry["peak_bytes"] for entry in measured))
     against = any(entry["saved_bytes"] is not None for entry in measured)
     held_out = any(entry["held_out_loss"] is not None for entry in measured)
-    head = ["", "lr", f"peak {unit[0]}", "state", *(["saved"] if against else [])]
+    head = [unit[0], "lr", "peak", "state", *(["saved"] if against else [])]
     head += ["s/step", "min..max", "tokens/s", "loss", *(["held out"] if held_out else [])]
     rows = []
     for entry in measured:
         seconds = entry["step_seconds"]
-        row = [short_title(entry), f"{entry['lr']:g}", in_unit(entry["peak_bytes"], unit)]
+        row = [entry["title"], f"{entry['lr']:g}", in_unit(entry["peak_bytes"], unit)]
         row.append(in_unit(entry["optimizer_state_bytes"], unit))
         row += [percent(entry["saved_fraction"])] if against else []
         row += [_digits(seconds["median"], 3), f"{_digits(seconds['min'], 3)}..{_digits(seconds['max'], 3)}"]
@@ -70,20 +70,23 @@ def _digits(value: float | None, digits: int) -> str:
     return f"{value:#.{digits}g}".rstrip(".")
 
 
+def _aligned(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of at most `WIDTH`; names that are cut to fit stand below them in full, and an empty line ends them."""
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    room = WIDTH - sum(width + 2 for width in widths[1:])
+    lines, names = [], []
+    for row in [head, *rows]:
+        numbers = (cell.rjust(width + 2) for cell, width in zip(row[1:], widths[1:], strict=True))
+        name = short(row[0], room)
+        lines.append(name.ljust(min(widths[0], room)) + "".join(numbers))
+        names += [f"{name} is {row[0]}"] if name != row[0] else []
+    return [lines[0], "-" * len(lines[0]), *lines[1:], "", *names, *[""][: len(names)]]
+
+
 def table(document: dict[str, Any]) -> str:
     """The comparison for a terminal of 100 columns; no line ends in a newline or in blanks."""
-    lines = []
-    if measured_of(document):
-        head, rows = table_rows(document)
-        widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-        for row in [head, *rows]:
-            numbers = (cell.rjust(width + 2) for cell, width in zip(row[1:], widths[1:], strict=True))
-            lines.append(row[0].ljust(widths[0]) + "".join(numbers))
-        lines.insert(1, "-" * len(lines[0]))
-        lines.append("")
-    cut = [entry for entry in measured_of(document) if short_title(entry) != entry["title"]]
-    names = [f"{short_title(entry)} is {entry['title']}." for entry in cut]
-    for line in [*names, *reason_lines(document), *note_lines(document)]:
+    lines = _aligned(*table_rows(document)) if measured_of(document) else []
+    for line in [*reason_lines(document), *note_lines(document)]:
         lines += textwrap.wrap(line, WIDTH, initial_indent="- ", subsequent_indent="  ")
     conditions = ", ".join(f"{name} {value}" for name, value in condition_lines(document["conditions"]))
     return "\n".join([*lines, "", *textwrap.wrap(conditions, WIDTH)])

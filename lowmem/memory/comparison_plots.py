@@ -20,10 +20,9 @@ LONGEST_TITLE = 24
 LEGEND = {"frameon": False, "fontsize": 8.5, "loc": "lower left", "bbox_to_anchor": (-0.01, 1.0)}
 
 
-def short_title(entry: Entry) -> str:
+def short(title: str, longest: int = LONGEST_TITLE) -> str:
     """A method's name, cut where settings have made it too long for a column."""
-    title: str = entry["title"]
-    return title if len(title) <= LONGEST_TITLE else title[: LONGEST_TITLE - 3] + "..."
+    return title if len(title) <= longest else title[: longest - 3] + "..."
 
 
 def plot_peaks(entries: list[Entry], path: Path) -> None:
@@ -67,7 +66,7 @@ def plot_losses(entries: list[Entry], path: Path) -> None:
     columns = 3
     with figure(path, height=3.8 + 0.2 * math.ceil(len(curves) / columns)) as axes:
         for index, (entry, losses) in enumerate(curves):
-            label = f"{short_title(entry)}, lr {entry['lr']:g}"
+            label = f"{short(entry['title'])}, lr {entry['lr']:g}"
             if not all(map(math.isfinite, losses)):
                 label += (
                     f" (not finite from step {1 + [math.isfinite(loss) for loss in losses].index(False)})"
@@ -103,7 +102,7 @@ def plot_seconds(entries: list[Entry], path: Path) -> None:
 
 
 def _name_rows(axes: Any, entries: list[Entry]) -> None:
-    axes.set_yticks(range(len(entries)), [short_title(entry) for entry in entries], fontsize=10)
+    axes.set_yticks(range(len(entries)), [short(entry["title"]) for entry in entries], fontsize=10)
     axes.set_ylim(len(entries) - 0.45, -0.55)  # the first on top
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
