@@ -11,7 +11,7 @@ PIP := -m pip --disable-pip-version-check install --quiet
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-slow test-floor check format bench docs clean
+.PHONY: help setup demo test test-slow test-floor check format bench gpu-validate docs clean
 
 help: ## show these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -61,6 +61,9 @@ format: $(INSTALLED_DEV) ## rewrite the code in the house format
 
 bench: $(INSTALLED_DEV) ## time optimizer steps against the peers
 	$(BIN)/python scripts/bench_step.py
+
+gpu-validate: $(INSTALLED) ## hold the memory plan against this machine's GPU, in under 9 minutes
+	$(BIN)/python scripts/gpu_validate.py
 
 docs: $(INSTALLED) ## regenerate what the documentation takes from the code
 	$(BIN)/python scripts/make_optimizer_table.py
