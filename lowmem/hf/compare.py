@@ -9,35 +9,22 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from lowmem.data.batches import TokenDataset, collate
-from lowmem.data.prepare import Prepared, prepare
 from lowmem.errors import RecipeError, RefusedError
 from lowmem.hf.baseline import single_process_environment
-from lowmem.hf.compared_run import HELD_OUT, TRAIN, checksum, num_tokens, timed_steps
-from lowmem.hf.evaluation import HeldOut
-from lowmem.hf.metering import StepWatch, steps_to_watch
-from lowmem.hf.model import load_tokenizer
-from lowmem.hf.quiet import quiet_transformers
-from lowmem.hf.recorded_batches import Batch, BatchRecorder
-from lowmem.hf.setup import data_summary
-from lowmem.hf.trainer import LowMemTrainer
-from lowmem.hf.training_arguments import refuse_sharded_launch, training_arguments
+from lowmem.hf.compared_batches import Say, checksum, num_tokens, save_work
+from lowmem.hf.compared_run import timed_steps
+from lowmem.hf.metering import steps_to_watch
+from lowmem.hf.recorded_batches import BatchRecorder
+from lowmem.hf.training_arguments import refuse_sharded_launch
 from lowmem.memory.comparison import Method, comparison_document
-from lowmem.memory.measure import TrackedMeter
 from lowmem.recipe.dump import dump_recipe
-from lowmem.recipe.schema import Recipe
-
-Say = Callable[[str], Any]
 
 
 @dataclass(frozen=True)
@@ -105,93 +92,6 @@ def refuse_too_few(steps: int) -> None:
         f"lowmem compare: --steps is {steps}; it must be at least {smallest}. The first two warm up, and a step in "
         "which memory is counted is too slow to be timed."
     )
-
-
-def save_work(recipe: Recipe, steps: int, work: Path, say: Say) -> BatchRecorder:
-    """Read the data as a run does and save the micro-batches of its first `steps` steps, and the held-out rows."""
-    with quiet_transformers():
-        tokenizer = load_tokenizer(recipe.model)
-        rows = _rows(recipe, tokenizer, "train")
-        say(data_summary("data.train", rows))
-        if recipe.data.eval is not None:
-            held_out_rows = _rows(recipe, tokenizer, "eval")
-            say(data_summary("data.eval", held_out_rows))
-            held_out = HeldOut(recipe, held_out_rows, tokenizer)
-            saved = BatchRecorder()
-            for start in range(0, len(held_out.rows), held_out.batch_size):
-                saved(0, [held_out.collate(held_out.rows[start : start + held_out.batch_size])])
-            saved.save(work / HELD_OUT)
-        assert isinstance(tokenizer.pad_token_id, int), "load_tokenizer sets a pad token"
-        batches = first_steps(
-            recipe, TokenDataset(rows.examples), collate(tokenizer.pad_token_id), steps, work
-        )
-    _refuse_broken_off_steps(batches, recipe)
-    batches.save(work / TRAIN)
-    return batches
-
-
-def _rows(recipe: Recipe, tokenizer: Any, name: str) -> Prepared:
-    source = getattr(recipe.data, name)
-    return prepare(source, recipe.data, tokenizer, seed=recipe.train.seed, where=f"data.{name}")
-
-
-class _BatchReader(LowMemTrainer):
-    """Goes through a run's steps in the Trainer's own loop and order, and trains nothing."""
-
-    def training_step(
-        self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        return torch.zeros(())
-
-
-class _NoModel(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.unused = nn.Parameter(torch.zeros(()))
-
-    def forward(self, **inputs: Tensor) -> None:
-        raise AssertionError("nothing is computed while batches are read")
-
-
-def first_steps(
-    recipe: Recipe,
-    rows: TokenDataset,
-    to_batch: Callable[[list[dict[str, Any]]], Batch],
-    steps: int,
-    scratch: Path,
-) -> BatchRecorder:
-    """The micro-batches of a run's first `steps` steps, as often over the rows as that takes."""
-    # A CUDA context of this process would take memory from the methods that are measured.
-    args = training_arguments(recipe, scratch, use_cpu=True)
-    args.max_steps, args.max_grad_norm = steps, 0.0
-    args.logging_strategy = args.save_strategy = "no"
-    model = _NoModel()
-    watch, batches = StepWatch(TrackedMeter(model)), BatchRecorder()
-    watch.steps = set(range(1, steps + 1))  # those that are recorded; without borders the meter sees none
-    reader = _BatchReader(
-        model=model,  # type: ignore[arg-type]
-        args=args,
-        optimizer_of=lambda unused: torch.optim.SGD(unused.parameters()),
-        schedule=recipe.train.lr_scheduler,
-        train_dataset=rows,
-        collate=to_batch,
-        watch=watch,
-        on_batches=batches,
-    )
-    reader.train()
-    return batches
-
-
-def _refuse_broken_off_steps(batches: BatchRecorder, recipe: Recipe) -> None:
-    """Raise RecipeError where an epoch ends within a step: that step is smaller than the others."""
-    sizes = [len(step) for step in batches.steps]
-    smaller = next((number for number, size in enumerate(sizes) if size != sizes[0]), None)
-    if smaller is not None:
-        raise RecipeError(
-            f"lowmem compare: the rows of data.train end within step {smaller + 1}, which has {sizes[smaller]} "
-            f"micro-batches instead of {sizes[0]}, and every measured step must be a whole one. Use --steps {smaller}, "
-            "more rows, or train.gradient_accumulation_steps=1."
-        )
 
 
 @contextmanager

@@ -13,9 +13,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
-from hashlib import blake2b
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +26,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lowmem.errors import LowMemError
 from lowmem.hf.adamw_variants import adamw_variants
 from lowmem.hf.callbacks import MeterBorders
+from lowmem.hf.compared_batches import HELD_OUT, TRAIN, checksum, num_tokens
 from lowmem.hf.environment import describe_environment
 from lowmem.hf.held_out import held_out_loss
 from lowmem.hf.make_optimizer import make_optimizer
@@ -45,7 +45,6 @@ from lowmem.recipe.schema import Recipe
 
 Batch = dict[str, Tensor]
 
-TRAIN, HELD_OUT = "batches.safetensors", "held_out.safetensors"
 WARM_UP = 2  # steps in which state is created and libraries choose their kernels
 ADAMW_IN_BACKWARD = "adamw_fused_backward"
 
@@ -53,24 +52,6 @@ ADAMW_IN_BACKWARD = "adamw_fused_backward"
 def timed_steps(steps: int) -> list[int]:
     """1-based steps of `steps` whose seconds count: after the warm-up, and not slowed by the meter."""
     return sorted(set(range(WARM_UP + 1, steps + 1)) - steps_to_watch(1, steps))
-
-
-def checksum(batches: Iterable[Batch]) -> str:
-    """Of the input ids of one step's micro-batches, their shapes included."""
-    digest = blake2b(digest_size=8)
-    for batch in batches:
-        ids = batch["input_ids"].cpu().contiguous()
-        digest.update(f"{tuple(ids.shape)} {ids.dtype} ".encode())
-        digest.update(ids.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def num_tokens(batches: Iterable[Batch]) -> int:
-    """Tokens of one step, padding left out."""
-    return sum(
-        int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
-        for batch in batches
-    )
 
 
 class StepClock(TrainerCallback):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.cli.compare import names_and_settings, read_methods
+from lowmem.cli.compared_methods import names_and_settings, read_methods
 from lowmem.recipe.load import load_recipe
 from tests.cli.conftest import Command
 from tests.test_layers import modules_after
@@ -105,7 +105,7 @@ def test_names_and_their_settings_are_told_apart() -> None:
 
 def methods(*wanted: str, overrides: tuple[str, ...] = ()) -> dict[str, tuple[str | None, dict]]:
     """name -> (torch's variant, {name, target, fallback, settings}) for the recipe mine.yaml."""
-    found = read_methods(load_recipe("mine.yaml", overrides), "mine.yaml", overrides, wanted)
+    found = read_methods(load_recipe("mine.yaml", overrides), "mine.yaml", overrides, wanted, say=print)
     return {each.name: (each.torch_variant, vars(each.recipe.optimizer)) for each in found}
 
 

@@ -17,12 +17,13 @@ import torch
 import lowmem.hf.compare
 import lowmem.hf.compared_run
 import lowmem.hf.ending
-from lowmem.cli.compare import read_methods
+from lowmem.cli.compared_methods import read_methods
 from lowmem.errors import RecipeError, RefusedError
 from lowmem.hf.adamw_variants import adamw_variants
 from lowmem.hf.baseline import measure_variant
-from lowmem.hf.compare import compare, run_to_the_end, save_work
-from lowmem.hf.compared_run import TRAIN, main, timed_steps
+from lowmem.hf.compare import compare, run_to_the_end
+from lowmem.hf.compared_batches import TRAIN, save_work
+from lowmem.hf.compared_run import main, timed_steps
 from lowmem.hf.flow import train
 from lowmem.hf.interrupt import Interrupt
 from lowmem.hf.metering import StepWatch, steps_to_watch
@@ -66,7 +67,7 @@ def methods_of(tmp_path, model_folder):
     path = write_recipe(tmp_path, model_folder)
 
     def methods(wanted, *overrides):
-        return read_methods(load_recipe(path, overrides), str(path), list(overrides), [wanted])
+        return read_methods(load_recipe(path, overrides), str(path), list(overrides), [wanted], say=silent)
 
     return methods
 
