@@ -13,7 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -24,6 +29,11 @@ LARGEST_NUMEL = 1 << 20
 
 _TWIN = "_lowmem_twin"
 _DEPENDS_ON_VALUES = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
+_CHANGE_IN_PLACE_ONLY = (torch.ops.aten._fused_sgd_.default, torch.ops.aten._fused_sgd_.tensor_lr)
+"""Fused optimizers that PyTorch cannot run on fake tensors; they make no tensor."""
+
+_MEASURE = "Measure it instead: lowmem train with train.max_steps=5 writes memory.json."
+
 _ONE_VALUE = torch.ops.aten._local_scalar_dense.default
 
 
@@ -50,7 +60,9 @@ class KnownValues(TorchDispatchMode):
         if func is torch.ops.prim.device.default:
             return func(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        is_known = all(not isinstance(tensor, FakeTensor) or hasattr(tensor, _TWIN) for tensor in tensors)
+        is_known = not _is_drawn(func) and all(
+            not isinstance(tensor, FakeTensor) or hasattr(tensor, _TWIN) for tensor in tensors
+        )
         if is_known and any(tag in func.tags for tag in _DEPENDS_ON_VALUES):
             twins = self._on_twins(func, args, kwargs)
             return tree_map(lambda leaf: self.fake(leaf) if isinstance(leaf, Tensor) else leaf, twins)
@@ -60,8 +72,15 @@ class KnownValues(TorchDispatchMode):
             for tensor in tensors:
                 if hasattr(tensor, _TWIN) and _is_written(func, tensor, args, kwargs):
                     delattr(tensor, _TWIN)
-        result = func(*args, **kwargs)
-        if is_known and _is_small_and_whole(result) and torch.Tag.nondeterministic_seeded not in func.tags:
+        if func in _CHANGE_IN_PLACE_ONLY:
+            return None
+        try:
+            result = func(*args, **kwargs)
+        except (UnsupportedOperatorException, UnsupportedFakeTensorException) as error:
+            raise RefusedError(
+                f"{func} cannot be simulated: PyTorch does not know its result's shape. {_MEASURE}"
+            ) from error
+        if is_known and _is_small_and_whole(result):
             twins = self._on_twins(func, args, kwargs)
             for made, twin in zip(tree_leaves(result), tree_leaves(twins), strict=True):
                 self._remember(made, twin)
@@ -75,6 +94,11 @@ class KnownValues(TorchDispatchMode):
     def _remember(self, made: Any, twin: Any) -> None:
         if isinstance(made, FakeTensor):
             setattr(made, _TWIN, twin)
+
+
+def _is_drawn(func: Any) -> bool:
+    """Whether the values that `func` gives are random, or whatever was in memory."""
+    return torch.Tag.nondeterministic_seeded in func.tags or "empty" in func._schema.name
 
 
 def _is_small_and_whole(result: Any) -> bool:
@@ -97,6 +121,6 @@ def _unknown_number(tensor: Tensor) -> int | float:
     if tensor.dtype == torch.bool:
         raise RefusedError(
             "This model decides by the values of its activations what it computes, which cannot be planned "
-            "without values. Measure it instead: lowmem train with train.max_steps=5 writes memory.json."
+            f"without values. {_MEASURE}"
         )
     return 1.0 if tensor.is_floating_point() else 1

@@ -15,6 +15,7 @@ the caching allocator reserves for such a sequence of blocks (`caching_allocator
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -44,7 +45,10 @@ class Simulation:
     """Tensors with shapes, types and strides, but without contents."""
 
     def __init__(self) -> None:
-        self._fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._fake_mode = FakeTensorMode(
+            allow_non_fake_inputs=True,
+            allow_fallback_kernels=False,  # they would allocate real tensors of the model's sizes
+        )
         self._values = KnownValues(self._fake_mode)
 
     @contextmanager
@@ -161,4 +165,4 @@ def held_at(lives: Sequence[Life]) -> list[Held]:
 def _without_numbers(name: str) -> str:
     """model.layers.*.mlp for model.layers.7.mlp; shapes keep their numbers."""
     path, space, shape = name.partition(" (")
-    return ".".join("*" if part.isdigit() else part for part in path.split(".")) + space + shape
+    return re.sub(r"(?<![^ .])\d+(?=\.)", "*", path) + space + shape

@@ -50,9 +50,18 @@ class Float:
     def save_(self, stored: Tensor, value: Tensor, part: slice, generator: torch.Generator | None) -> None:
         """Keep `value`; without a generator it is rounded to nearest."""
         target = stored if part == WHOLE else stored.view(-1)[part]
-        if target.data_ptr() == value.data_ptr() and target.dtype == value.dtype:
+        if _is_same_memory(target, value):
             return
         target.copy_(value if generator is None or not self.stochastic else bf16_stochastic(value, generator))
+
+
+def _is_same_memory(one: Tensor, other: Tensor) -> bool:
+    """Asked of the storages and not of their addresses, which tensors in a simulation do not have."""
+    return (
+        one.dtype == other.dtype
+        and one.untyped_storage()._cdata == other.untyped_storage()._cdata
+        and one.storage_offset() == other.storage_offset()
+    )
 
 
 def storage_for(role: Role, formats: Mapping[str, str], param_dtype: torch.dtype) -> Float:
