@@ -10,7 +10,7 @@ from lowmem.cli.arguments import Arguments
 from lowmem.cli.compared_methods import read_methods
 from lowmem.cli.output import print_json
 from lowmem.errors import RecipeError
-from lowmem.memory.comparison import TORCH_ADAMWS, table, write_comparison
+from lowmem.memory.comparison import is_comparison, table, write_comparison
 from lowmem.recipe.load import load_recipe
 from lowmem.recipe.shipped import find_recipe
 
@@ -65,10 +65,11 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def writable_folder(folder: Path) -> Path:
-    """`folder`, made if need be. Raises RecipeError where it cannot be written or holds a run."""
-    for name in ("memory.json", "metrics.jsonl", "recipe.yaml"):
-        if (folder / name).exists():
-            raise RecipeError(f"lowmem compare: {folder} holds a run. Choose another folder with --out.")
+    """`folder`, made if need be. Raises RecipeError where it cannot be written or holds something else."""
+    if folder.is_dir() and any(folder.iterdir()) and not is_comparison(folder):
+        raise RecipeError(
+            f"lowmem compare: {folder} holds other files than a comparison's. Choose another folder with --out."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()

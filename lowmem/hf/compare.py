@@ -49,6 +49,7 @@ def compare(name: str, methods: Sequence[Method], *, steps: int, say: Say) -> Co
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         batches = save_work(recipe, steps, work, say)
+        refuse_broken_off_step(batches)
         with sigterm_as_ctrl_c():
             was_interrupted = False
             try:
@@ -85,13 +86,29 @@ def refuse_several_processes() -> None:
 
 
 def refuse_too_few(steps: int) -> None:
-    if timed_steps(max(steps, 0)):
-        return
-    smallest = next(number for number in count(1) if timed_steps(number))
-    raise RecipeError(
-        f"lowmem compare: --steps is {steps}; it must be at least {smallest}. The first two warm up, and a step in "
-        "which memory is counted is too slow to be timed."
-    )
+    if steps < fewest_steps():
+        raise RecipeError(
+            f"lowmem compare: --steps is {steps}; it must be at least {fewest_steps()}. The first two warm up, and a "
+            "step in which memory is counted is too slow to be timed."
+        )
+
+
+def fewest_steps() -> int:
+    """The smallest number of steps of which one can be timed."""
+    return next(number for number in count(1) if timed_steps(number))
+
+
+def refuse_broken_off_step(batches: BatchRecorder) -> None:
+    """Raise RecipeError where an epoch ends within a step: that step is smaller than the others."""
+    sizes = [len(step) for step in batches.steps]
+    whole = next((number for number, size in enumerate(sizes) if size != sizes[0]), None)
+    if whole is not None:
+        fewer = f"--steps {whole}, " if whole >= fewest_steps() else ""
+        raise RecipeError(
+            f"lowmem compare: the rows of data.train end within step {whole + 1}, which has {sizes[whole]} of "
+            f"{sizes[0]} micro-batches, and every measured step must be a whole one. Use {fewer}more rows, or "
+            "train.gradient_accumulation_steps=1."
+        )
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lowmem.data.batches import TokenDataset, collate
 from lowmem.data.prepare import Prepared, prepare
-from lowmem.errors import RecipeError
 from lowmem.hf.evaluation import HeldOut
 from lowmem.hf.metering import StepWatch
 from lowmem.hf.model import load_tokenizer
@@ -47,7 +46,6 @@ def save_work(recipe: Recipe, steps: int, work: Path, say: Say) -> BatchRecorder
         batches = first_steps(
             recipe, TokenDataset(rows.examples), collate(tokenizer.pad_token_id), steps, work
         )
-    _refuse_broken_off_steps(batches, recipe)
     batches.save(work / TRAIN)
     return batches
 
@@ -102,18 +100,6 @@ def first_steps(
     )
     reader.train()
     return batches
-
-
-def _refuse_broken_off_steps(batches: BatchRecorder, recipe: Recipe) -> None:
-    """Raise RecipeError where an epoch ends within a step: that step is smaller than the others."""
-    sizes = [len(step) for step in batches.steps]
-    smaller = next((number for number, size in enumerate(sizes) if size != sizes[0]), None)
-    if smaller is not None:
-        raise RecipeError(
-            f"lowmem compare: the rows of data.train end within step {smaller + 1}, which has {sizes[smaller]} "
-            f"micro-batches instead of {sizes[0]}, and every measured step must be a whole one. Use --steps {smaller}, "
-            "more rows, or train.gradient_accumulation_steps=1."
-        )
 
 
 def checksum(batches: Iterable[Batch]) -> str:

@@ -123,7 +123,7 @@ def note_lines(document: dict[str, Any]) -> list[str]:
         fallback = entry["settings"].get("fallback") or {}
         if "lr" in fallback:
             other = f"{fallback['name']} at lr {fallback['lr']:g}"
-            lines.append(f"{entry['title']} trains embeddings, head, norms and biases with {other}.")
+            lines.append(f"{entry['title']} trains what its target leaves out with {other}.")
         gap = entry["settings"].get("refresh_every")
         if gap and not any((step - 1) % gap == 0 for step in timed):
             lines.append(

@@ -178,12 +178,12 @@ def test_with_is_required(lowmem: Command) -> None:
     assert "--with" in done.err
 
 
-def test_a_folder_that_holds_a_run_is_left_alone(lowmem: Command, folder: Path) -> None:
+def test_a_folder_that_holds_something_else_is_left_alone(lowmem: Command, folder: Path) -> None:
     (folder / "run").mkdir()
     (folder / "run" / "metrics.jsonl").touch()
     done = lowmem("compare", "mine.yaml", "--with", "sgd", "--out", "run")
     assert done.code == 2
-    assert "run holds a run. Choose another folder with --out." in done.err
+    assert "run holds other files than a comparison's. Choose another folder with --out." in done.err
     done = lowmem("compare", "mine.yaml", "--with", "sgd", "--out", "mine.yaml")
     assert done.code == 2
     assert "mine.yaml cannot be written" in done.err

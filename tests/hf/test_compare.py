@@ -219,11 +219,33 @@ def test_too_few_steps_are_refused_with_the_smallest_number_that_works(methods_o
             compare("sums", methods_of("sgd"), steps=steps, say=silent)
 
 
-def test_a_step_that_the_end_of_the_rows_cuts_short_is_refused(tmp_path, methods_of, processes):
-    settings = ("train.gradient_accumulation_steps=4",)  # 10 micro-batches: steps of 4, 4 and 2
-    with pytest.raises(RecipeError, match=r"step 3, which has 2 micro-batches instead of 4.*--steps 2"):
-        compare("sums", methods_of("sgd", *settings), steps=5, say=silent)
+@pytest.mark.parametrize(
+    ("accumulated", "said"),
+    [
+        (
+            4,
+            r"step 3, which has 2 of 4 micro-batches, .* Use more rows, or train.gradient_accumulation_steps=1",
+        ),
+        (3, r"step 4, which has 1 of 3 micro-batches, .* Use more rows"),
+    ],
+)
+def test_a_step_that_the_end_of_the_rows_cuts_short_is_refused(methods_of, processes, accumulated, said):
+    """40 rows are 10 micro-batches of 4."""
+    methods = methods_of("sgd", f"train.gradient_accumulation_steps={accumulated}")
+    with pytest.raises(RecipeError, match=said):
+        compare("sums", methods, steps=5, say=silent)
     assert processes == []
+
+
+def test_the_largest_number_of_whole_steps_is_named_where_it_is_enough(methods_of):
+    settings = ("train.gradient_accumulation_steps=2", "train.per_device_batch_size=3")
+    methods = methods_of(
+        "sgd", *settings, "data.train.take=33"
+    )  # 11 micro-batches: 5 steps of 2 and one of 1
+    with pytest.raises(
+        RecipeError, match="step 6, which has 1 of 2 micro-batches, .* Use --steps 5, more rows"
+    ):
+        compare("sums", methods, steps=7, say=silent)
 
 
 def test_a_launch_of_several_processes_is_refused(methods_of, monkeypatch):
