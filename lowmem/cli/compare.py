@@ -10,7 +10,7 @@ from lowmem.cli.arguments import Arguments
 from lowmem.cli.compared_methods import read_methods
 from lowmem.cli.output import print_json
 from lowmem.errors import RecipeError
-from lowmem.memory.comparison import is_comparison, table, write_comparison
+from lowmem.memory.comparison import TORCH_ADAMWS, is_comparison, table, write_comparison
 from lowmem.recipe.load import load_recipe
 from lowmem.recipe.shipped import find_recipe
 
