@@ -63,13 +63,17 @@ def compare(name: str, methods: Sequence[Method], *, steps: int, say: Say) -> Co
     if not any("reason" not in each for each in found) and was_interrupted:
         return Compared(None, was_interrupted)
     found += [{"reason": "interrupted before it was measured"}] * (len(methods) - len(found))
+    watched = sorted(steps_to_watch(1, steps))
     document = comparison_document(
         name,
         list(zip(methods, found, strict=True)),
         steps=steps,
-        watched_steps=sorted(steps_to_watch(1, steps)),
+        watched_steps=watched,
         timed_steps=timed_steps(steps),
-        sequence_length=batches.longest_sequence(),
+        # Of the steps whose memory is counted: a longer row elsewhere has no part in it.
+        sequence_length=max(
+            batch["input_ids"].shape[-1] for step in watched for batch in batches.steps[step - 1]
+        ),
     )
     return Compared(document, was_interrupted)
 

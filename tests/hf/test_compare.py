@@ -330,6 +330,19 @@ sys.exit(7)
 """
 
 
+def test_the_sequence_length_is_that_of_the_steps_whose_memory_is_counted(methods_of, monkeypatch):
+    monkeypatch.setattr(lowmem.hf.compare, "run_to_the_end", lambda command: (1, "odd"))
+    real = lowmem.hf.compare.save_work
+
+    def save_work(*args):
+        batches = real(*args)
+        batches.steps[2] = [{"input_ids": torch.zeros(1, 9999)}]  # step 3 is timed, not watched
+        return batches
+
+    monkeypatch.setattr(lowmem.hf.compare, "save_work", save_work)
+    assert 8 <= compared(methods_of("sgd"), steps=4)[1]["conditions"]["sequence_length"] < 64
+
+
 def test_a_process_is_waited_for_and_does_not_join_a_launch(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     assert run_to_the_end([sys.executable, "-c", CHILD, str(tmp_path / "pid"), "0"]) == (7, "False\n")
