@@ -11,7 +11,7 @@ PIP := -m pip --disable-pip-version-check install --quiet
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-slow test-floor check format bench gpu-validate docs clean
+.PHONY: help setup demo test test-slow test-floor check format bench gpu-validate docs paper-tables clean
 
 help: ## show these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -68,6 +68,9 @@ gpu-validate: $(INSTALLED) ## hold the memory plan against this machine's GPU, i
 docs: $(INSTALLED) ## regenerate what the documentation takes from the code
 	$(BIN)/python scripts/make_optimizer_table.py
 	$(BIN)/python scripts/make_reference_pages.py
+
+paper-tables: $(INSTALLED) ## hold our memory figures against those that papers publish
+	$(BIN)/python scripts/make_paper_tables.py
 
 clean: ## remove the environments and caches, not your runs
 	rm -rf $(VENV) $(FLOOR_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
