@@ -1,0 +1,212 @@
+"""A training step on tensors that are only sizes: what autograd saves, makes and drops, in order.
+
+The formulas of `activation_formulas` call operators on a `Tape` as a model's forward calls PyTorch's. Each
+takes the bytes of its result, remembers what its gradient will need, and makes the gradients when `backward`
+comes by. A block of memory is given back when the last Python reference to it goes, which is also PyTorch's
+rule, so a local variable of a formula lives as long as its namesake in the model's forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from lowmem.memory.activation_graph import Block, Leaf, Node, Value
+from lowmem.memory.ledger import Part
+
+
+class Tape:
+    """The account of one micro-batch.
+
+    keep_gradients: False for an update inside backward, which frees each gradient at once.
+    adds_gradients: gradients of an earlier micro-batch exist and new ones are added to them.
+    A second gradient of the same tensor is added to the first out of place, as PyTorch does it wherever a
+    dispatch mode counts bytes; without one it takes a buffer less.
+    """
+
+    def __init__(self, *, keep_gradients: bool = True, adds_gradients: bool = False):
+        self.changes: list[tuple[int, int]] = []
+        """(number of the block, bytes taken or given back), in order."""
+        self.parts: list[Part] = []
+        """What each block is, by its number."""
+        self.marks: list[tuple[str, int]] = []
+        """(name, length of `changes` when it was reached)."""
+        self._keeps_gradients = keep_gradients and not adds_gradients
+        self._kept: list[Value] = []
+        self._nodes: list[Node] | None = []
+        self._saves = 0
+        self._last_saver = 0
+        self._stops_after: int | None = None
+        self._is_stopped = False
+
+    # ---------------------------------------------------------------- making values
+
+    def new(self, numel: int, itemsize: int) -> Value:
+        return Value(numel, itemsize, self.scratch(numel * itemsize))
+
+    def scratch(self, nbytes: int) -> Block:
+        """Memory that lives as long as the caller holds on to it."""
+        self.parts.append("temporary")
+        return Block(self.changes, len(self.parts) - 1, 0 if self._is_stopped else nbytes)
+
+    def weight(self, numel: int, itemsize: int, *, trained: bool = True) -> Value:
+        """A parameter. Its gradient, when it comes, stays until the step ends."""
+        return Value(numel, itemsize, None, Leaf(is_weight=True) if trained else None)
+
+    def apply(
+        self,
+        numel: int,
+        itemsize: int,
+        *inputs: Value,
+        saves: tuple[Value, ...] = (),
+        saves_output: bool = False,
+        scratch: int = 0,
+        remembers: bool = False,
+    ) -> Value:
+        """An operator whose gradients have the sizes of its inputs.
+
+        `saves`: inputs that its gradient needs. `scratch`: bytes that exist beside the gradients while they
+        are made. `remembers`: it saves something without bytes of its own, such as a weight.
+        """
+        if saves or remembers:
+            self._count_save()
+        wanted = [(each.numel, each.itemsize, each.node is not None) for each in inputs]
+
+        def gradients(node: Node) -> list[Value | None]:
+            beside = self.scratch(scratch)
+            made = [self.new(size, item) if is_wanted else None for size, item, is_wanted in wanted]
+            del beside
+            return made
+
+        out = self.new(numel, itemsize)
+        if saves_output:
+            self._count_save()
+        self.record(out, inputs, (*saves, *((out,) if saves_output else ())), gradients)
+        return out
+
+    def record(
+        self,
+        out: Value,
+        inputs: tuple[Value, ...],
+        saved: tuple[Value, ...],
+        backward: Callable[[Node], list[Value | None]],
+    ) -> None:
+        """Put an operator into the graph; nothing happens where no input wants a gradient."""
+        if self._nodes is None or all(each.node is None for each in inputs):
+            return
+        for each in inputs:
+            if isinstance(each.node, Leaf):
+                each.node.awaited += 1
+        node = Node(tuple(each.node for each in inputs), tuple(each.block for each in saved), backward)
+        out.node = node
+        self._nodes.append(node)
+
+    def _count_save(self) -> None:
+        self._saves += 1
+        self._last_saver = 0 if self._nodes is None else len(self._nodes)
+        if self._saves == self._stops_after:
+            self._is_stopped = True
+
+    def mark(self, name: str) -> None:
+        """Name this moment of forward; backward names it again, when it comes back, with a leading minus."""
+        self.marks.append((name, len(self.changes)))
+        assert self._nodes is not None
+        self._nodes.append(Node((), (), name))
+
+    # ---------------------------------------------------------------- checkpointing and backward
+
+    def checkpointed(self, compute: Callable[[Value], Value], x: Value) -> Value:
+        """compute(x), of which only x is kept; backward computes it again, up to the last thing it saves."""
+        outer, self._nodes = self._nodes, None
+        before = self._saves
+        out = compute(x)
+        self._nodes = outer
+        self.record(out, (x,), (x,), partial(self._again, compute, x.numel, x.itemsize, self._saves - before))
+        return out
+
+    def _again(
+        self, compute: Callable[[Value], Value], numel: int, itemsize: int, saves: int, node: Node
+    ) -> list[Value | None]:
+        """Backward goes as far as it can without anything saved; what it then waits for is computed again."""
+        start, nodes, last_saver, end = self._computed(compute, Value(numel, itemsize, None), 0)
+        assert end is not None
+        end.gradient, node.gradient = node.gradient, None
+        later = nodes[last_saver + 1 :]
+        del nodes[last_saver + 1 :], end
+        self._run(later)
+        waiting = [start.gradient, *(each.gradient for each in nodes)]
+        del start, nodes
+
+        start, nodes, last_saver, _ = self._computed(
+            compute, Value(numel, itemsize, node.saved[0]), self._saves + saves
+        )
+        del nodes[last_saver + 1 :]
+        while len(waiting) > 1:
+            nodes[len(waiting) - 2].gradient = waiting.pop()
+        start.gradient = waiting.pop()
+        self._run(nodes)
+        return [start.gradient]
+
+    def _computed(
+        self, compute: Callable[[Value], Value], x: Value, stops_after: int
+    ) -> tuple[Leaf, list[Node], int, Node | None]:
+        """A graph of its own for compute(x): its input, its nodes, the number of the last that saves, its output.
+
+        Nothing takes memory once `stops_after` saves were counted on the tape, from the start where it is 0.
+        """
+        start = x.node = Leaf(is_weight=False)
+        outer, self._nodes = self._nodes, []
+        self._stops_after, self._is_stopped = stops_after, stops_after == 0
+        end = compute(x).node
+        self._is_stopped, self._stops_after = False, None
+        nodes, self._nodes = self._nodes, outer
+        return start, nodes, self._last_saver, end
+
+    def forward_ends(self) -> None:
+        """What forward has left alive are the activations; the rest of what it made was temporary."""
+        balance = [0] * len(self.parts)
+        for index, nbytes in self.changes:
+            balance[index] += nbytes
+        for index, nbytes in enumerate(balance):
+            if nbytes and self.parts[index] == "temporary":
+                self.parts[index] = "activations"
+        self.marks.append(("backward", len(self.changes)))
+
+    def backward(self, loss: Value) -> None:
+        """Go through the graph in reverse, as autograd does: the node made last runs first."""
+        assert loss.node is not None
+        assert self._nodes is not None
+        loss.node.gradient = self.new(loss.numel, loss.itemsize)
+        self._run(self._nodes)
+
+    def _run(self, nodes: list[Node]) -> None:
+        while nodes:
+            node = nodes.pop()
+            if isinstance(node.backward, str):
+                self.marks.append((f"-{node.backward}", len(self.changes)))
+            elif node.gradient is not None:
+                gradients = node.backward(node)
+                node.gradient = None
+                node.saved = ()
+                while gradients:
+                    self._deliver(node.inputs[len(gradients) - 1], gradients.pop())
+
+    def _deliver(self, to: Node | None, gradient: Value | None) -> None:
+        if to is None or gradient is None:
+            return
+        if to.gradient is None:
+            to.gradient = gradient
+        else:
+            to.gradient = self.new(gradient.numel, gradient.itemsize)
+        if isinstance(to, Leaf):
+            to.awaited -= 1
+            if to.is_weight and to.awaited == 0:
+                self._arrived(to)
+
+    def _arrived(self, weight: Leaf) -> None:
+        assert weight.gradient is not None
+        assert weight.gradient.block is not None
+        self.parts[weight.gradient.block.index] = "gradients"
+        if self._keeps_gradients:
+            self._kept.append(weight.gradient)
+        weight.gradient = None

@@ -1,0 +1,161 @@
+"""The memory of a training step by formula: a second instead of a simulation, and no torch.
+
+Weights, gradients and optimizer state are sums over the parameters (`estimate_method.py`); activations come
+from a tape of sizes (`activation_profile.py`). Together they make three moments that can be the fullest:
+forward, backward, and the optimizer's update with all gradients and all state there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lowmem.memory.activation_operators import Work
+from lowmem.memory.activation_profile import Profile, profile
+from lowmem.memory.architecture import Architecture
+from lowmem.memory.estimate_method import BASELINES, Method, baseline_method, recipe_method
+from lowmem.memory.ledger import PARTS, Part, Phase
+from lowmem.recipe.schema import Recipe
+
+__all__ = ["BASELINES", "Estimate", "estimate", "estimate_baseline", "estimate_method"]
+
+CUBLAS_BYTES = 32 * 2**20
+"""cuBLAS's workspace, as `lowmem.memory.workspaces` states it."""
+
+PAD_TO = 8
+"""Rows that are not packed are padded to a multiple of this."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The fullest moment of a step, in bytes. The parts sum to the peak."""
+
+    peak_bytes: int
+    reserved_bytes: int
+    """What the caching allocator takes for it: see `reserved_for`."""
+    parts: dict[Part, int]
+    phase: Phase
+    conditions: dict[str, Any]
+
+
+def estimate(
+    recipe: Recipe,
+    architecture: Architecture,
+    *,
+    sequence_length: int | None = None,
+    masked: bool = True,
+    on_cuda: bool = True,
+) -> Estimate:
+    """One training step of `recipe` on rows of `sequence_length` tokens (data.max_length where it is None).
+
+    masked: attention needs an explicit mask, for padding or packing. on_cuda: CUDA's workspaces are added.
+    Raises RecipeError for a target that matches nothing.
+    """
+    method = recipe_method(recipe, architecture, on_cuda=on_cuda)
+    return estimate_method(
+        method, recipe, architecture, sequence_length=sequence_length, masked=masked, on_cuda=on_cuda
+    )
+
+
+def estimate_baseline(
+    name: str,
+    recipe: Recipe,
+    architecture: Architecture,
+    *,
+    sequence_length: int | None = None,
+    masked: bool = True,
+    on_cuda: bool = True,
+) -> Estimate:
+    """The same work by another method, one of BASELINES. Raises ValueError for another name."""
+    method = baseline_method(name, recipe, architecture)
+    return estimate_method(
+        method, recipe, architecture, sequence_length=sequence_length, masked=masked, on_cuda=on_cuda
+    )
+
+
+def estimate_method(
+    method: Method,
+    recipe: Recipe,
+    architecture: Architecture,
+    *,
+    sequence_length: int | None = None,
+    masked: bool = True,
+    on_cuda: bool = True,
+) -> Estimate:
+    """The work of `recipe` by `method`."""
+    work = work_of(
+        method, recipe, architecture, sequence_length=sequence_length, masked=masked, on_cuda=on_cuda
+    )
+    micro_batches = recipe.train.gradient_accumulation_steps
+    batch = 3 * 8 * work.rows * work.tokens
+    always: dict[Part, int] = dict.fromkeys(PARTS, 0)
+    always |= {"weights": method.weights, "optimizer_state": method.state}
+    always["other"] = (CUBLAS_BYTES if on_cuda else 0) + (micro_batches - 1) * batch
+
+    keeps = not method.updates_in_backward
+    moments = [_moment(profile(architecture, work, keep_gradients=keeps), always)]
+    if keeps:
+        full: dict[Part, int] = {**always, "gradients": method.gradients}
+        if micro_batches > 1:
+            moments.append(_moment(profile(architecture, work, adds_gradients=True), full))
+        update: dict[Part, int] = {**full, "temporary": method.update, "other": always["other"] + batch}
+        moments.append(("optimizer", update))
+    phase, parts = max(moments, key=lambda moment: sum(moment[1].values()))
+    peak = sum(parts.values())
+    return Estimate(
+        peak, reserved_for(peak, parts), parts, phase, _conditions(method, recipe, architecture, work)
+    )
+
+
+def work_of(
+    method: Method,
+    recipe: Recipe,
+    architecture: Architecture,
+    *,
+    sequence_length: int | None,
+    masked: bool,
+    on_cuda: bool,
+) -> Work:
+    tokens = recipe.data.max_length if sequence_length is None else sequence_length
+    if not recipe.data.packing:
+        tokens = -(-tokens // PAD_TO) * PAD_TO
+    attention = recipe.model.attn
+    window = architecture.sliding_window
+    needs_mask = masked or attention == "eager" or (window is not None and tokens >= window)
+    return Work(
+        rows=recipe.train.per_device_batch_size,
+        tokens=tokens,
+        itemsize=method.itemsize,
+        masked=needs_mask and attention != "flash_attention_2",
+        eager=attention == "eager",
+        checkpointing=recipe.train.activation_checkpointing,
+        chunked_loss=recipe.train.loss == "chunked",
+        packed=recipe.data.packing,
+        on_cuda=on_cuda,
+        adapters=method.adapters,
+    )
+
+
+def reserved_for(peak_bytes: int, parts: dict[Part, int]) -> int:
+    """What the caching allocator reserves for a peak: a stated allowance for blocks that do not fit together."""
+    return peak_bytes
+
+
+def _moment(above: Profile, always: dict[Part, int]) -> tuple[Phase, dict[Part, int]]:
+    return above.phase, {part: always[part] + above.parts[part] for part in PARTS}
+
+
+def _conditions(method: Method, recipe: Recipe, architecture: Architecture, work: Work) -> dict[str, Any]:
+    return {
+        "model_type": architecture.model_type,
+        "parameters": method.parameters,
+        "trained_parameters": method.trained_parameters,
+        "dtype": recipe.model.dtype,
+        "sequence_length": work.tokens,
+        "per_device_batch_size": work.rows,
+        "gradient_accumulation_steps": recipe.train.gradient_accumulation_steps,
+        "activation_checkpointing": work.checkpointing,
+        "loss": recipe.train.loss,
+        "attn": recipe.model.attn,
+        "attention_mask": work.masked,
+    }

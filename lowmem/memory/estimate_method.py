@@ -1,0 +1,174 @@
+"""What a way of training keeps through a whole step: weights, gradients and optimizer state, in bytes.
+
+adamw_fused           weights and gradients in the model's dtype, two moments in it, a step count each
+adamw_foreach         the same, and the root of the second moments of all weights at once in the update
+adamw_fused_backward  as adamw_fused, each gradient freed as soon as its weight is updated
+adamw_fp32_master     bfloat16 weights and gradients; float32 weights and moments, 12 bytes a value, and the
+                      float32 copy of one gradient in the update
+adamw8bit             bitsandbytes: two 8-bit moments, float32 scales a block of 256; small tensors in float32
+lora_r16              frozen weights, float32 adapters of rank 16 on every linear layer, updated by adamw_fused
+qlora_r16             the same; linear layers in nf4 with double quantisation, the rest in 16 bits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lowmem.errors import RecipeError
+from lowmem.memory.activation_operators import Adapters
+from lowmem.memory.architecture import Architecture, Parameter
+from lowmem.memory.ledger import ALLOCATION_BYTES, rounded
+from lowmem.memory.state_formulas import (
+    BITSANDBYTES_TABLES_BYTES,
+    adamw8bit_state_bytes,
+    state_bytes,
+    treatments,
+)
+from lowmem.memory.step_formulas import update_bytes
+from lowmem.recipe.schema import LoraRecipe, Recipe
+
+BASELINES = (
+    "adamw_fused",
+    "adamw_foreach",
+    "adamw_fused_backward",
+    "adamw_fp32_master",
+    "adamw8bit",
+    "lora_r16",
+    "qlora_r16",
+)
+
+ITEMSIZES = {"bfloat16": 2, "float32": 4}
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""A weight in nf4: its code, an 8-bit scale for each 64, a float32 scale for each 256 of those."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """Bytes, each tensor rounded up as the allocator does."""
+
+    itemsize: int
+    weights: int
+    gradients: int
+    """Of all trained parameters, when they are there together."""
+    state: int
+    update: int
+    """Temporaries of the optimizer at its fullest."""
+    parameters: int
+    trained_parameters: int
+    updates_in_backward: bool = False
+    adapters: Adapters | None = None
+
+
+def recipe_method(recipe: Recipe, shape: Architecture, *, on_cuda: bool) -> Method:
+    """The recipe's own optimizer on what the recipe trains."""
+    method, trained = _frame(recipe, shape)
+    itemsize = 4 if method.adapters is not None else method.itemsize
+    state = update = 0
+    seen: dict[object, tuple[int, int]] = {}
+    for each in treatments(recipe.optimizer, trained):
+        key = (each.algorithm, id(each.settings), each.parameter.shape)
+        if key not in seen:
+            arguments = (each.algorithm, each.settings, each.parameter.shape, itemsize)
+            seen[key] = (
+                state_bytes(*arguments, round_to=ALLOCATION_BYTES),
+                update_bytes(*arguments, on_cuda=on_cuda),
+            )
+        state, update = state + seen[key][0], max(update, seen[key][1])
+    return replace(method, state=state, update=update)
+
+
+def baseline_method(name: str, recipe: Recipe, shape: Architecture) -> Method:
+    """One of BASELINES on the same work. A recipe with `lora` keeps its adapters under the adamw names."""
+    if name not in BASELINES:
+        raise ValueError(f"{name!r} is not a baseline; baselines are {', '.join(BASELINES)}")
+    if name in ("lora_r16", "qlora_r16"):
+        recipe = replace(recipe, lora=LoraRecipe(r=16))
+    if name in ("qlora_r16", "adamw_fp32_master"):
+        recipe = replace(recipe, model=replace(recipe.model, dtype="bfloat16"))
+    method, trained = _frame(recipe, shape, base_is_4bit=name == "qlora_r16")
+    itemsize = 4 if method.adapters is not None else method.itemsize
+    counts = ALLOCATION_BYTES * len(trained)
+    if name == "adamw8bit":
+        state = sum(adamw8bit_state_bytes(each.numel, round_to=ALLOCATION_BYTES) for each in trained)
+        return replace(method, state=state + BITSANDBYTES_TABLES_BYTES)
+    if name == "adamw_fp32_master" and itemsize == 2:
+        largest = max(each.numel for each in trained)
+        return replace(method, state=3 * _bytes(trained, 4) + counts, update=rounded(4 * largest))
+    return replace(
+        method,
+        state=2 * method.gradients + counts,
+        update=method.gradients if name == "adamw_foreach" else 0,
+        updates_in_backward=name == "adamw_fused_backward",
+    )
+
+
+def _frame(
+    recipe: Recipe, shape: Architecture, *, base_is_4bit: bool = False
+) -> tuple[Method, Sequence[Parameter]]:
+    """Weights and gradients without an optimizer, and what is trained."""
+    itemsize = ITEMSIZES[recipe.model.dtype]
+    buffers = sum(rounded(4 * numel) for numel in shape.buffer_numels)
+    frame = Method(itemsize, _bytes(shape.parameters, itemsize) + buffers, 0, 0, 0, 0, 0)
+    trained: Sequence[Parameter] = shape.parameters
+    if recipe.lora is not None:
+        targets = _targets(recipe.lora, shape)
+        trained = [each for base in _adapted(shape, targets) for each in _adapters_of(base, recipe.lora.r)]
+        weights = frame.weights + _bytes(trained, 4)
+        if base_is_4bit:
+            weights -= sum(
+                rounded(each.numel * itemsize) - rounded(int(each.numel * NF4_BYTES))
+                for each in shape.parameters
+                if each.is_linear
+            )
+        adapters = Adapters(
+            recipe.lora.r, dropout=recipe.lora.dropout > 0, base_is_4bit=base_is_4bit, targets=targets
+        )
+        frame = replace(frame, weights=weights, adapters=adapters)
+    trained_parameters = sum(each.numel for each in trained)
+    frame = replace(
+        frame,
+        gradients=_bytes(trained, itemsize if recipe.lora is None else 4),
+        parameters=shape.num_parameters + (0 if recipe.lora is None else trained_parameters),
+        trained_parameters=trained_parameters,
+    )
+    return frame, trained
+
+
+def _bytes(parameters: Sequence[Parameter], itemsize: int) -> int:
+    return sum(rounded(each.numel * itemsize) for each in parameters)
+
+
+def _targets(lora: LoraRecipe, shape: Architecture) -> frozenset[str] | None:
+    if lora.target == "all-linear":
+        return None
+    names = [lora.target] if isinstance(lora.target, str) else lora.target
+    known = {_module(each) for each in shape.parameters if each.is_linear}
+    last_names = frozenset(name.rpartition(".")[2] for name in names)
+    if unknown := sorted(last_names - known):
+        raise RecipeError(
+            f"lora.target: {', '.join(unknown)} names no linear layer that the memory formulas know. "
+            f"Allowed: all-linear, or names out of {', '.join(sorted(known))}."
+        )
+    return last_names
+
+
+def _module(parameter: Parameter) -> str:
+    """q_proj for model.layers.0.self_attn.q_proj.weight."""
+    return parameter.name.split(".")[-2]
+
+
+def _adapted(shape: Architecture, targets: frozenset[str] | None) -> list[Parameter]:
+    return [
+        each for each in shape.parameters if each.is_linear and (targets is None or _module(each) in targets)
+    ]
+
+
+def _adapters_of(base: Parameter, rank: int) -> tuple[Parameter, Parameter]:
+    outputs, inputs = base.shape
+    path = base.name.removesuffix(".weight")
+    return (
+        Parameter(f"{path}.lora_A.weight", (rank, inputs), is_linear=True, layer=base.layer),
+        Parameter(f"{path}.lora_B.weight", (outputs, rank), is_linear=True, layer=base.layer),
+    )

@@ -1,0 +1,116 @@
+"""What the update of one parameter holds beside weight, gradient and state, at its fullest. Imports no torch.
+
+Element-wise rules work on tiles of n = 2^21 values (a smaller parameter whole), in float32; bytes:
+
+    gradient, each bfloat16 state, the direction        4 n each
+    the weight, then its noise and its rounded copy     4 n, 4 n, 2 n    bfloat16, rounded stochastically
+
+What a tile's rule made, state and direction, is still there while the next tile's is made. Nothing but a
+scalar where torch's fused kernel does it all: weight, gradient and state of one dtype, and no stochastic
+rounding. GaLore's matrix (m, n), m <= n, of rank r, with tiles of t values and a width of w = r + 16:
+
+    project      basis 4 m r, its transpose 4 m r, R 4 r n, a tile of the gradient 4 t
+    inner Adam   basis 4 m r; R, both moments and the direction 4 r n each
+    write back   basis 4 m r; moments and direction 4 r n each; a tile's weight, noise, rounded copy 10 t
+    refresh      old basis 4 m r, start 4 m w, product and scaled product 4 w n each, qr's result 4 w n
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from lowmem.memory.architecture import Shape
+from lowmem.memory.state_formulas import Settings, is_low_rank, state_values, stored_itemsize, with_defaults
+
+TILE_NUMEL = 1 << 21
+"""As in `lowmem.numerics.tiles`; a test holds the two equal."""
+
+OVERSAMPLE = 16
+"""Columns of a subspace iteration beyond the rank; likewise."""
+
+SVD_COPIES, QR_COPIES = 3, 2
+"""Workspaces on CUDA, in float32 copies of the matrix, as `lowmem.memory.workspaces` states them."""
+
+
+def update_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: int, *, on_cuda: bool) -> int:
+    """Bytes of temporaries at the fullest moment of updating a parameter, a refresh included."""
+    settings = with_defaults(algorithm, settings)
+    if algorithm in _LOW_RANK and is_low_rank(settings, shape):
+        steady = _low_rank_bytes(settings, shape, itemsize)
+        return max(steady, _refresh_bytes(settings, shape, itemsize, on_cuda))
+    return _element_bytes(algorithm, settings, shape, itemsize)
+
+
+_LOW_RANK = frozenset({"galore"})
+
+
+def _element_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: int) -> int:
+    tensors = [
+        stored_itemsize(each, settings, itemsize)
+        for each in state_values(algorithm, settings, shape).values()
+        if each.role != "scalar"
+    ]
+    is_stochastic = settings["rounding"] == "stochastic"
+    n = min(math.prod(shape), TILE_NUMEL)
+    refresh = (4 * n if itemsize < 4 else 0) + 4 * n if algorithm == "sgd_sai" else 0
+    if (itemsize == 4 or not is_stochastic) and all(each == itemsize for each in tensors):
+        return refresh
+    gradient = 4 if itemsize < 4 else 0
+    made = 4 * (sum(each < 4 for each in tensors) + _DIRECTIONS[algorithm](settings))
+    rounds = 6 if is_stochastic else 0
+    weight = 4 + rounds if itemsize < 4 else 0
+    saved = rounds if any(each < 4 for each in tensors) else 0
+    next_n = min(math.prod(shape) - n, TILE_NUMEL)
+    return max(refresh, (gradient + made + max(weight, saved)) * n, made * n + (gradient + made) * next_n)
+
+
+_DIRECTIONS: dict[str, Callable[[Settings], int]] = {
+    "adamw": lambda settings: 1,
+    "galore": lambda settings: 1,
+    "sgd": lambda settings: int(settings["nesterov"]),
+    "sgd_sai": lambda settings: 1,
+}
+"""Float32 tensors of the tile's size that a rule makes for its direction, beside the state it works on."""
+
+
+def _low_rank_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
+    short, long, rank = _sizes(settings, shape)
+    tile = min(short * long, TILE_NUMEL)
+    basis = 4 * short * rank
+    low = 4 * rank * long
+    tensors = state_values("galore", settings, shape)
+    moments = sum(
+        low for name, each in tensors.items() if name != "basis" and _is_wide(each, settings, itemsize)
+    )
+    rounds = 6 * tile if settings["rounding"] == "stochastic" else 0
+    project = 2 * basis + low + (4 * tile if itemsize < 4 else 0)
+    inner = basis + low + moments + low
+    saved = basis + moments + low + (low * 3 // 2 if rounds else 0)
+    written = basis + moments + low + (4 * tile + rounds if itemsize < 4 else 0)
+    return max(project, inner, saved, written)
+
+
+def _is_wide(tensor: object, settings: Settings, itemsize: int) -> bool:
+    """Whether loading it as float32 makes a copy."""
+    return stored_itemsize(tensor, settings, itemsize) < 4  # type: ignore[arg-type]
+
+
+def _refresh_bytes(settings: Settings, shape: Shape, itemsize: int, on_cuda: bool) -> int:
+    short, long, rank = _sizes(settings, shape)
+    whole, old = 4 * short * long, 4 * short * rank
+    if settings["projection"] == "svd":
+        copy = whole if itemsize < 4 else 0
+        factors = 4 * (short * short + short + short * long)
+        return old + copy + factors + (SVD_COPIES * whole if on_cuda else 0)
+    width = min(short, rank + OVERSAMPLE)
+    start, product = 4 * short * width, 4 * width * long
+    tile = 4 * min(short * long, TILE_NUMEL) if itemsize < 4 else 0
+    multiplied = start + max(start + product + tile, 2 * product)
+    orthonormal = start + 2 * product + (QR_COPIES * product if on_cuda else 0)
+    return old + max(multiplied, orthonormal)
+
+
+def _sizes(settings: Settings, shape: Shape) -> tuple[int, int, int]:
+    *batch, rows, columns = shape
+    return min(rows, columns), max(rows, columns) * math.prod(batch), settings["rank"]
