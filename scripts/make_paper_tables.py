@@ -171,7 +171,7 @@ def galore_estimates() -> Table:
         "Ours is the paper's Table 1, mr + 2nr a matrix, and 2mn for embeddings, head and norms; appendix C.2 says "
         "no more than that original and low-rank parameters were counted."
     )
-    summed = "The published total is the sum of Tables 6a and 6b, so the difference is that of Table 6b."
+    summed = "The published total is the sum of Tables 6a and 6b up to rounding, so the difference is that of Table 6b."
     return Table(
         "GaLore: estimates of weights and optimizer state",
         "arXiv:2403.03507v2",
