@@ -16,8 +16,9 @@ _LAZY = {
     "hf": ("lowmem.hf", None),
     "build_optimizer": ("lowmem.optim", "build_optimizer"),
     "load_recipe": ("lowmem.recipe.load", "load_recipe"),
+    "plan": ("lowmem.hf.plan", "plan"),
 }
-__all__ = ["__version__", "build_optimizer", "hf", "load_recipe", "optim"]
+__all__ = ["__version__", "build_optimizer", "hf", "load_recipe", "optim", "plan"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,7 @@ VERBS = {
     "cp": "copy a shipped recipe to a file of your own",
     "show": "print a recipe, what it comes to with every default, or every key there is",
     "validate": "check a recipe and name everything that is wrong with it",
+    "plan": "say what a recipe will need on a GPU, byte by byte, and whether it fits",
     "train": "fine-tune the model of a recipe",
     "compare": "measure several optimizers on the same steps of a recipe, side by side",
     "eval": "loss, perplexity and exact match of a run's model on held-out rows",
@@ -81,8 +82,8 @@ lowmem VERB --help says more about one verb. A first run:
   lowmem show quickstart
   lowmem train quickstart
 
-exit codes: 0 done; 2 the recipe or the arguments are wrong; 4 a combination that is refused;
-5 the run stopped on a fault, checkpoint intact; 130 interrupted, checkpoint saved."""
+exit codes: 0 done; 2 the recipe or the arguments are wrong; 3 plan: it does not fit the card;
+4 a combination that is refused; 5 the run stopped on a fault, checkpoint intact; 130 interrupted, checkpoint saved."""
 
 
 def _print_what_the_terminal_cannot_show_as_escapes_() -> None:

@@ -9,7 +9,8 @@ import torch
 from lowmem.hf.conditions import conditions
 from lowmem.hf.model_from_config import load_config
 from lowmem.hf.planned_batches import planned_batch
-from lowmem.hf.simulated_run import SimulatedRun, simulate_run
+from lowmem.hf.simulated_run import TRAINING, SimulatedRun, simulate_run
+from lowmem.memory.cards import Card
 from lowmem.memory.plan_document import Checkpoint
 from lowmem.memory.readings import Measured, Reading, over_steps
 from lowmem.recipe.schema import Recipe
@@ -67,8 +68,16 @@ def mask_kind(recipe: Recipe, full_rows: bool) -> str:
     return "between documents" if recipe.data.packing else "padding"
 
 
-def fullest_of(run: SimulatedRun) -> Measured:
-    """The result over all simulated moments, evaluations included."""
+def this_machines_card() -> Card | None:
+    if not torch.cuda.is_available():
+        return None
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return Card(device.name, device.total_memory)
+
+
+def fullest_step(run: SimulatedRun) -> Measured:
+    """The result over the training steps, as a run measures it; what is reserved, evaluations included."""
     reserved = run.measured.reserved_bytes
-    readings = [Reading(moment.peak_bytes, moment.parts, reserved) for moment in run.moments]
+    steps = [moment for moment in run.moments if moment.name in TRAINING]
+    readings = [Reading(moment.peak_bytes, moment.parts, reserved) for moment in steps]
     return over_steps(readings, "simulated", run.measured.warnings)

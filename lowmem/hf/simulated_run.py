@@ -29,6 +29,7 @@ from lowmem.optim.without_values import pretend_until_refresh_
 from lowmem.recipe.schema import Recipe
 
 FIRST, LATER, REFRESH = "first step", "later step", "step with a refresh"
+TRAINING = (FIRST, LATER, REFRESH)
 EVALUATION, ANSWERING = "evaluation", "answering"
 
 

@@ -91,12 +91,12 @@ def plan_document(
     changes: Sequence[Change],
     notes: Sequence[str],
 ) -> dict[str, Any]:
-    """JSON values. The parts and the place are those of the fullest of `moments`."""
+    """JSON values. `planned` is about the training steps; `moments` may hold evaluations after them."""
     document = memory_document(
         planned, baselines, conditions, gpu_bytes=None if card is None else card.memory_bytes
     )
     del document["planned"]
-    fullest = max(moments, key=lambda moment: moment.peak_bytes)
+    fullest = next(moment for moment in moments if moment.peak_bytes == planned.peak_bytes)
     reserved = planned.reserved_bytes
     return document | {
         "source": "planned",

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from lowmem.memory.cards import CONTEXT_BYTES, USABLE
 from lowmem.memory.ledger import PARTS, Part
 from lowmem.memory.table import accounts
 from lowmem.memory.wording import PART_NAMES, in_unit, number, percent, size, unit_for
@@ -77,11 +78,25 @@ def plot_memory(document: dict[str, Any], path: Path) -> None:
         axes.set_xlim(0, longest / BARS_WIDTH)
         axes.spines["bottom"].set_bounds(0, longest)
         axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= longest])
+        if document.get("gpu") is not None:
+            _mark_card(axes, document, unit[1])
         axes.set_xlabel(f"peak memory, {unit[0]}", color=INK, x=BARS_WIDTH / 2)
         _name_parts(axes, [account for _, account in bars])
         axes.set_title(
             _memory_title(document), loc="left", fontsize=11.5, fontweight="bold", color=INK, pad=26
         )
+
+
+def _mark_card(axes: Any, document: dict[str, Any], unit_bytes: int) -> None:
+    """A line where the card is full: what of it is usable, less what the allocator reserves beyond its peak."""
+    beyond_peak = document["reserved_bytes"] - document["peak_bytes"]
+    room = (USABLE * document["gpu_bytes"] - CONTEXT_BYTES - beyond_peak) / unit_bytes
+    if room <= axes.get_xlim()[1]:
+        axes.axvline(room, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
+        axes.annotate(
+            document["gpu"], (room, 1), xycoords=("data", "axes fraction"), xytext=(3, -9), textcoords="offset points",
+            fontsize=8.5, color=INK,
+        )  # fmt: skip
 
 
 def _memory_title(document: dict[str, Any]) -> str:

@@ -24,7 +24,8 @@ FIRST_COLUMN = 16
 def accounts(document: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(title, account) of the run and of each baseline that is known, in columns' order."""
     known = [(name, account) for name, account in document["baselines"].items() if account is not None]
-    return [("this run", document), *((BASELINE_NAMES.get(name, name), account) for name, account in known)]
+    own = "this plan" if document["source"] == "planned" else "this run"
+    return [(own, document), *((BASELINE_NAMES.get(name, name), account) for name, account in known)]
 
 
 def table_rows(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -110,6 +110,7 @@ def test_the_allocator_meter_agrees_with_the_tracker(variant, rows):
     assert read.steady_peak_bytes == tracked.steady_peak_bytes
     assert read.source == "allocator"
     assert read.reserved_bytes == 2 * 1024**2 * -(-read.peak_bytes // (2 * 1024**2))
+    assert read.driver_bytes == read.reserved_bytes + 400 * 1024**2, "the driver counts the context too"
     for part in ("weights", "optimizer_state", "other"):
         assert read.parts[part] == tracked.parts[part]
     largest_parameter = INPUTS * HIDDEN * 4

@@ -348,3 +348,46 @@ def test_reports_are_written_without_torch():
         "import sys, lowmem.memory.report; sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib')))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+# ------------------------------------------------------------------ planned against measured
+
+
+def planned(scale: float) -> Measured:
+    one = measured(scale)
+    return Measured(one.peak_bytes, None, one.parts, 3, "simulated", one.steady_peak_bytes)
+
+
+def test_the_document_holds_the_plan_beside_the_measurement_with_its_error():
+    found = memory_document(measured(1), {}, CONDITIONS, planned=planned(1.05))
+    assert found["planned"]["source"] == "simulated"
+    assert found["planned"]["error"] == pytest.approx(0.05, abs=1e-6)
+    assert found["warnings"] == []
+    assert "planned 19.95 MiB for the same steps, +5.0 % of what was measured" in table(found)
+
+
+def test_a_run_far_over_its_plan_says_so_and_names_the_part():
+    real = measured(1)
+    more = dict(real.parts, activations=real.parts["activations"] + 6 * MIB)
+    run = Measured(sum(more.values()), None, more, 3, "tracked")
+    found = memory_document(run, {}, CONDITIONS, planned=planned(1))
+    (warning,) = found["warnings"]
+    assert warning.startswith("the run needed 6.00 MiB (31.6 %) more than its plan of 19.00 MiB")
+    assert "activations differ most, 8.00 MiB instead of 2.00 MiB" in warning
+
+
+def test_a_run_slightly_over_its_plan_gives_no_warning():
+    assert memory_document(measured(1.09), {}, CONDITIONS, planned=planned(1))["warnings"] == []
+
+
+def test_why_there_is_no_plan_is_in_the_document_and_the_table():
+    found = memory_document(measured(1), {}, CONDITIONS, planned="the simulation failed: no luck")
+    assert found["planned"] is None
+    assert "not planned: the simulation failed: no luck" in table(found)
+
+
+def test_a_report_of_a_planned_run_says_how_far_off_the_plan_was(tmp_path):
+    document = memory_document(measured(1), {}, CONDITIONS, planned=planned(0.98))
+    write_report(run_folder(tmp_path, memory=document))
+    for name in ("report.md", "report.html"):
+        assert "-2.0 % of what was measured" in (tmp_path / name).read_text()
