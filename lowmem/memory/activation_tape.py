@@ -141,9 +141,8 @@ class Tape:
             compute, Value(numel, itemsize, node.saved[0]), self._saves + saves
         )
         del nodes[last_saver + 1 :]
-        while len(waiting) > 1:
-            nodes[len(waiting) - 2].gradient = waiting.pop()
-        start.gradient = waiting.pop()
+        for each in reversed((start, *nodes)):
+            each.gradient = waiting.pop()
         self._run(nodes)
         return [start.gradient]
 

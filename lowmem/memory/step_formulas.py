@@ -2,12 +2,12 @@
 
 Element-wise rules work on tiles of n = 2^21 values (a smaller parameter whole), in float32; bytes:
 
-    gradient, each bfloat16 state, the direction        4 n each
-    the weight, then its noise and its rounded copy     4 n, 4 n, 2 n    bfloat16, rounded stochastically
+    update       gradient, each bfloat16 state, the direction: 4 n each
+    write back   each bfloat16 state, the direction: 4 n each; the weight 4 n, its noise 4 n, its rounded copy 2 n
+    next tile    what the one before made, beside its own update
 
-What a tile's rule made, state and direction, is still there while the next tile's is made. Nothing but a
-scalar where torch's fused kernel does it all: weight, gradient and state of one dtype, and no stochastic
-rounding. GaLore's matrix (m, n), m <= n, of rank r, with tiles of t values and a width of w = r + 16:
+Nothing but a scalar where torch's fused kernel does it all: weight, gradient and state of one dtype, and no stochastic
+rounding. GaLore's matrix (m, n) with m <= n of rank r, tiles of t values, a width of w = r + 16:
 
     project      basis 4 m r, its transpose 4 m r, R 4 r n, a tile of the gradient 4 t
     inner Adam   basis 4 m r; R, both moments and the direction 4 r n each
@@ -57,12 +57,19 @@ def _element_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: i
     if (itemsize == 4 or not is_stochastic) and all(each == itemsize for each in tensors):
         return refresh
     gradient = 4 if itemsize < 4 else 0
-    made = 4 * (sum(each < 4 for each in tensors) + _DIRECTIONS[algorithm](settings))
+    direction = 4 * _DIRECTIONS[algorithm](settings)
+    made = 4 * sum(each < 4 for each in tensors) + direction
+    kept = made + (gradient if algorithm == "sgd" and not settings["momentum"] else 0)
     rounds = 6 if is_stochastic else 0
     weight = 4 + rounds if itemsize < 4 else 0
     saved = rounds if any(each < 4 for each in tensors) else 0
     next_n = min(math.prod(shape) - n, TILE_NUMEL)
-    return max(refresh, (gradient + made + max(weight, saved)) * n, made * n + (gradient + made) * next_n)
+    return max(
+        refresh,
+        (gradient + made) * n,
+        (kept + max(weight, saved)) * n,
+        kept * n + (gradient + made) * next_n,
+    )
 
 
 _DIRECTIONS: dict[str, Callable[[Settings], int]] = {
@@ -71,7 +78,7 @@ _DIRECTIONS: dict[str, Callable[[Settings], int]] = {
     "sgd": lambda settings: int(settings["nesterov"]),
     "sgd_sai": lambda settings: 1,
 }
-"""Float32 tensors of the tile's size that a rule makes for its direction, beside the state it works on."""
+"""Float32 tensors of the tile's size that a rule makes for its direction. Without momentum SGD's is the gradient."""
 
 
 def _low_rank_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
