@@ -5,8 +5,8 @@ Per token, with V the vocabulary, v the columns of a tile and H the width, in by
                           forward                           backward
     whole logits          d V + 4 V + 4 V                   4 V + 4 V + 4 V, then 4 V + 4 V + d V
                           (logits, float32, log-softmax)    (log-softmax, the loss' gradient, its own)
-    tiles                 d v + 4 v                         d v + 4 v + d v, d H + 4 H
-                          (logits, float32)                 (logits, float32, gradient; hidden states' gradient)
+    tiles                 d v + 4 v                         d v + d v + 4 v + d v, d H + 4 H
+                          (logits, float32)                 (tile before, logits, float32, gradient; hidden states')
 
 A tile is 32 MiB of float32 logits, at least 64 columns wide. Its backward makes the head's whole gradient first.
 """
@@ -42,19 +42,20 @@ def chunked_loss(tape: Tape, shape: Architecture, hidden: Value, head: Value) ->
     kept = tile.forward()
     loss = tape.new(1, 4)
     new, trains_head, head_numel = tape.new, head.node is not None, head.numel
+    is_summed = itemsize != 4 and not tile.is_only
 
     def gradients(node: Node) -> list[Value | None]:
         of_head = new(head_numel, itemsize) if trains_head else None
-        if tile.is_only or itemsize == 4:
+        total = of_tile = None
+        for _ in range(1 if tile.is_only else 2):  # a tile is made while the one before is still there
             of_tile = tile.backward()
-            return [new(tokens * width, itemsize), of_head]
-        total = None
-        for _ in range(2):
-            of_tile = tile.backward()
-            product = new(tokens * width, itemsize)
-            total = total or new(tokens * width, 4)
-            del of_tile, product
-        return [new(tokens * width, itemsize), of_head]
+            if total is None or is_summed:
+                product = new(tokens * width, itemsize)
+                total = total or (new(tokens * width, 4) if is_summed else product)
+                del product
+        of_hidden = new(tokens * width, itemsize) if is_summed else total
+        del of_tile
+        return [of_hidden, of_head]
 
     tape.record(loss, (chosen, head), (chosen, kept), gradients)
     return loss
@@ -78,6 +79,8 @@ class _Tile:
     def forward(self) -> Value:
         """What stays: the gradient of an only tile, else the log-sum-exp of each token."""
         logits = self._new(self._numel, self._itemsize)
+        if not self.is_only:
+            logits = self._new(self._numel, self._itemsize)  # beside the tile before
         scaled = self._new(self._numel, self._itemsize) if self._has_functions else logits
         wide = self._new(self._numel, 4) if self._itemsize != 4 else scaled
         del scaled

@@ -40,7 +40,7 @@ class Work:
     packed: bool = False
     """Whether each row counts positions of its own."""
     on_cuda: bool = False
-    """Whether attention's backward accumulates in float32 copies, which no operator shows."""
+    """Whether CUDA's kernels run, whose attention accumulates in float32 copies that no operator shows."""
     adapters: Adapters | None = None
 
 
@@ -67,7 +67,8 @@ class Operators:
             return out
         x = self.cast(x, 4)
         if adapters.dropout:
-            kept = self.tape.new(x.numel, 1)
+            # CUDA keeps which values were dropped, a CPU what each was multiplied by.
+            kept = self.tape.new(x.numel, 1 if self.work.on_cuda else 4)
             x = self.like(x, saves=(kept,))
             del kept
         low = self._product_in_float32(x, inputs, adapters.rank)
