@@ -1,0 +1,205 @@
+"""Changes of a recipe that make it fit a card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lowmem.memory.architecture import Architecture
+from lowmem.memory.cards import fits
+from lowmem.memory.estimate import estimate
+from lowmem.memory.plan_document import Change
+from lowmem.memory.state_formulas import with_defaults
+from lowmem.recipe.optimizer_table import optimizer_table
+from lowmem.recipe.schema import LoraRecipe, Recipe
+
+LENGTH_STEP = 64
+"""Lengths are multiples of this many tokens."""
+
+SMALLEST_RANK = 8
+
+LEANER_OPTIMIZERS = ("galore", "sgd_sai", "sgd")
+"""In the order in which they are suggested."""
+
+
+def largest(holds: Callable[[int], bool], limit: int) -> int:
+    """The largest number from 1 to `limit` that holds, 0 where none does; what holds for n holds below n too."""
+    good, bad = 0, 1
+    while bad <= limit and holds(bad):
+        good, bad = bad, 2 * bad
+    bad = min(bad, limit + 1)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        if holds(middle):
+            good = middle
+        else:
+            bad = middle
+    return good
+
+
+def changes_that_fit(
+    recipe: Recipe,
+    architecture: Architecture,
+    card_bytes: int,
+    *,
+    masked: bool = True,
+    planned_reserved_bytes: int | None = None,
+) -> list[Change]:
+    """Single changes of the recipe with each of which it fits the card; where there is none, one combination.
+
+    Nothing is worth suggesting for a recipe that fits: then the list is empty. A number is the largest that
+    fits; rows are cut to less than a quarter only where nothing else is left. The combination is made in a
+    fixed order, the least harmful change first, and holds none that it could do without; the list is empty
+    where even all of them together do not fit.
+
+    planned_reserved_bytes: what a simulation of the recipe as it is found; every estimate is then corrected by
+    the factor between the two.
+    """
+    factor = 1.0
+    if planned_reserved_bytes is not None:
+        factor = planned_reserved_bytes / estimate(recipe, architecture, masked=masked).reserved_bytes
+    changes = _Changes(recipe, architecture, card_bytes, masked, factor)
+    if changes.fitting({}) is not None:
+        return []
+    singles = [found for keys in changes.singles() if (found := changes.fitting(keys)) is not None]
+    return singles or changes.combination()
+
+
+Keys = dict[str, Any]
+"""Dotted key of the recipe -> new value."""
+
+
+@dataclass(frozen=True)
+class _Changes:
+    recipe: Recipe
+    architecture: Architecture
+    card_bytes: int
+    masked: bool
+    factor: float
+    """Of what a simulation reserves to what the formulas do."""
+
+    def fitting(self, keys: Keys) -> Change | None:
+        """The change, if the recipe fits with it."""
+        needed = estimate(with_keys(self.recipe, keys), self.architecture, masked=self.masked)
+        reserved = round(self.factor * needed.reserved_bytes)
+        if not fits(reserved, self.card_bytes):
+            return None
+        overrides = [f"{key}={_written(value)}" for key, value in keys.items()]
+        return Change(overrides, needed.peak_bytes, reserved)
+
+    def _fit(self, keys: Keys) -> bool:
+        return self.fitting(keys) is not None
+
+    def singles(self) -> Iterator[Keys]:
+        yield from self._free_of_charge()
+        yield from self._fewer_rows()
+        yield from self._shorter({}, at_least=self._tolerable_length)
+        yield from self._smaller_rank()
+        yield from ({"optimizer.name": name} for name in self._leaner())
+        if self.recipe.lora is None:
+            yield {"lora.r": 16}
+
+    def _free_of_charge(self) -> Iterator[Keys]:
+        """Changes that leave the training what it is."""
+        if not self.recipe.train.activation_checkpointing:
+            yield {"train.activation_checkpointing": True}
+        if self.recipe.train.loss == "plain":
+            yield {"train.loss": "chunked"}
+
+    def _fewer_rows(self) -> Iterator[Keys]:
+        key, now = "train.per_device_batch_size", self.recipe.train.per_device_batch_size
+        rows = largest(lambda value: self._fit({key: value}), now - 1)
+        if rows:
+            yield {key: rows}
+
+    def _smaller_rank(self) -> Iterator[Keys]:
+        """The rank halved as often as it takes."""
+        rank = with_defaults(self.recipe.optimizer.name, self.recipe.optimizer.settings).get("rank")
+        while isinstance(rank, int) and rank >= 2 * SMALLEST_RANK:
+            rank //= 2
+            if self._fit({"optimizer.rank": rank}):
+                yield {"optimizer.rank": rank}
+                return
+
+    def _shorter(self, beside: Keys, at_least: int) -> Iterator[Keys]:
+        key, now = "data.max_length", self.recipe.data.max_length
+        steps = largest(
+            lambda value: self._fit({**beside, key: LENGTH_STEP * value}), (now - 1) // LENGTH_STEP
+        )
+        if steps and LENGTH_STEP * steps >= at_least:
+            yield {key: LENGTH_STEP * steps}
+
+    def _leaner(self) -> Iterator[str]:
+        names = [name for name in LEANER_OPTIMIZERS if name in optimizer_table()]
+        if self.recipe.optimizer.name in names:
+            names = names[names.index(self.recipe.optimizer.name) + 1 :]
+        yield from names
+
+    @property
+    def _tolerable_length(self) -> int:
+        """Rows that are cut shorter than this are another task."""
+        return self.recipe.data.max_length // 4
+
+    def combination(self) -> list[Change]:
+        together: Keys = {}
+        for keys in self._harmless():
+            together |= keys
+            if self._fit(together):
+                return [self._without_needless(together)]
+        for keys in ({}, *self._harmful()):
+            together |= keys
+            for shorter in ({}, *self._shorter(together, at_least=self._tolerable_length)):
+                if self._fit({**together, **shorter}):
+                    return [self._without_needless({**together, **shorter})]
+        return [
+            self._without_needless({**together, **shorter}) for shorter in self._shorter(together, at_least=1)
+        ]
+
+    def _harmless(self) -> Iterator[Keys]:
+        yield from self._free_of_charge()
+        if self.recipe.train.per_device_batch_size > 1:
+            yield {"train.per_device_batch_size": 1}
+
+    def _harmful(self) -> Iterator[Keys]:
+        yield from ({"optimizer.name": name} for name in self._leaner())
+        if self.recipe.lora is None:
+            yield {"lora.r": 16}
+
+    def _without_needless(self, keys: Keys) -> Change:
+        for key in reversed(list(keys)):
+            fewer = {other: value for other, value in keys.items() if other != key}
+            if self._fit(fewer):
+                keys = fewer
+        found = self.fitting(keys)
+        assert found is not None
+        return found
+
+
+def with_keys(recipe: Recipe, keys: Keys) -> Recipe:
+    """The recipe with dotted keys replaced, as overrides on the command line do it."""
+    for key, value in keys.items():
+        section, _, name = key.partition(".")
+        if key == "optimizer.name":
+            recipe = with_optimizer(recipe, value)
+        elif section == "optimizer":
+            settings = {**recipe.optimizer.settings, name: value}
+            recipe = replace(recipe, optimizer=replace(recipe.optimizer, settings=settings))
+        elif section == "lora":
+            recipe = replace(recipe, lora=LoraRecipe(**{name: value}))
+        else:
+            recipe = replace(recipe, **{section: replace(getattr(recipe, section), **{name: value})})
+    return recipe
+
+
+def with_optimizer(recipe: Recipe, name: str) -> Recipe:
+    """Another optimizer; of the settings, those stay that it has too."""
+    if name == recipe.optimizer.name:
+        return recipe
+    known = optimizer_table()[name]["settings"]
+    settings = {key: value for key, value in recipe.optimizer.settings.items() if key in known}
+    return replace(recipe, optimizer=replace(recipe.optimizer, name=name, settings=settings))
+
+
+def _written(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
