@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from lowmem.memory.architecture import Architecture
-from lowmem.memory.cards import fits
+from lowmem.memory.cards import margin_bytes
 from lowmem.memory.estimate import estimate_method
 from lowmem.memory.estimate_method import BASELINES, Method, baseline_method, recipe_method
 from lowmem.memory.search_changes import LENGTH_STEP, changes_that_fit, largest, with_optimizer
@@ -63,15 +63,14 @@ def _found(
 ) -> Found:
     limit = architecture.longest or LONGEST
 
-    def holds(tokens: int, rows: int) -> bool:
+    def room(tokens: int, rows: int) -> int:
         work = _with_train(recipe, per_device_batch_size=rows)
         needed = estimate_method(method, work, architecture, sequence_length=tokens, masked=masked)
-        return fits(needed.reserved_bytes, card_bytes)
+        return margin_bytes(needed.reserved_bytes, card_bytes)
 
-    longest = LENGTH_STEP * largest(lambda steps: holds(LENGTH_STEP * steps, 1), limit // LENGTH_STEP)
+    longest = LENGTH_STEP * largest(lambda steps: room(LENGTH_STEP * steps, 1), limit // LENGTH_STEP)
     batches = {
-        tokens: 0 if tokens > longest else largest(partial(holds, tokens), LARGEST_BATCH)
-        for tokens in LENGTHS
+        tokens: 0 if tokens > longest else largest(partial(room, tokens), LARGEST_BATCH) for tokens in LENGTHS
     }
     return Found(name, recipe.train.activation_checkpointing, longest, batches)
 

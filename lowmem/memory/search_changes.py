@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lowmem.memory.architecture import Architecture
-from lowmem.memory.cards import fits
+from lowmem.memory.cards import fits, margin_bytes
 from lowmem.memory.estimate import estimate
 from lowmem.memory.plan_document import Change
 from lowmem.memory.state_formulas import with_defaults
@@ -23,18 +23,29 @@ LEANER_OPTIMIZERS = ("galore", "sgd_sai", "sgd")
 """In the order in which they are suggested."""
 
 
-def largest(holds: Callable[[int], bool], limit: int) -> int:
-    """The largest number from 1 to `limit` that holds, 0 where none does; what holds for n holds below n too."""
-    good, bad = 0, 1
-    while bad <= limit and holds(bad):
-        good, bad = bad, 2 * bad
-    bad = min(bad, limit + 1)
+def largest(room: Callable[[int], int], limit: int) -> int:
+    """The largest number from 1 to `limit` with room(number) >= 0, 0 where none has; room shrinks as it grows.
+
+    Memory is nearly linear in rows and tokens, so a straight line between two tries is a good next one; where
+    the same end moves twice, the other one is weighed by half, for a curve would hold it for ever.
+    """
+    if limit < 1 or (room_of_good := room(1)) < 0:
+        return 0
+    if (room_of_bad := room(limit)) >= 0:
+        return limit
+    good, bad, moved = 1, limit, 0
     while bad - good > 1:
-        middle = (good + bad) // 2
-        if holds(middle):
-            good = middle
+        guess = good + (bad - good) * room_of_good // (room_of_good - room_of_bad)
+        guess = min(max(guess, good + 1), bad - 1)
+        found = room(guess)
+        if found >= 0:
+            good, room_of_good = guess, found
+            room_of_bad = room_of_bad // 2 if moved > 0 else room_of_bad
+            moved = 1
         else:
-            bad = middle
+            bad, room_of_bad = guess, found
+            room_of_good = room_of_good // 2 if moved < 0 else room_of_good
+            moved = -1
     return good
 
 
@@ -81,15 +92,19 @@ class _Changes:
 
     def fitting(self, keys: Keys) -> Change | None:
         """The change, if the recipe fits with it."""
+        found = self._with(keys)
+        return found if fits(found.reserved_bytes, self.card_bytes) else None
+
+    def _with(self, keys: Keys) -> Change:
         needed = estimate(with_keys(self.recipe, keys), self.architecture, masked=self.masked)
-        reserved = round(self.factor * needed.reserved_bytes)
-        if not fits(reserved, self.card_bytes):
-            return None
         overrides = [f"{key}={_written(value)}" for key, value in keys.items()]
-        return Change(overrides, needed.peak_bytes, reserved)
+        return Change(overrides, needed.peak_bytes, round(self.factor * needed.reserved_bytes))
 
     def _fit(self, keys: Keys) -> bool:
         return self.fitting(keys) is not None
+
+    def _room(self, keys: Keys) -> int:
+        return margin_bytes(self._with(keys).reserved_bytes, self.card_bytes)
 
     def singles(self) -> Iterator[Keys]:
         yield from self._free_of_charge()
@@ -109,7 +124,7 @@ class _Changes:
 
     def _fewer_rows(self) -> Iterator[Keys]:
         key, now = "train.per_device_batch_size", self.recipe.train.per_device_batch_size
-        rows = largest(lambda value: self._fit({key: value}), now - 1)
+        rows = largest(lambda value: self._room({key: value}), now - 1)
         if rows:
             yield {key: rows}
 
@@ -125,7 +140,7 @@ class _Changes:
     def _shorter(self, beside: Keys, at_least: int) -> Iterator[Keys]:
         key, now = "data.max_length", self.recipe.data.max_length
         steps = largest(
-            lambda value: self._fit({**beside, key: LENGTH_STEP * value}), (now - 1) // LENGTH_STEP
+            lambda value: self._room({**beside, key: LENGTH_STEP * value}), (now - 1) // LENGTH_STEP
         )
         if steps and LENGTH_STEP * steps >= at_least:
             yield {key: LENGTH_STEP * steps}

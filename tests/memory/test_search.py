@@ -50,18 +50,30 @@ def recipe(file: Path) -> Recipe:
     return load_recipe(file)
 
 
+@pytest.mark.parametrize("power", [0.5, 1, 2, 4])
 @pytest.mark.parametrize("limit", [1, 2, 7, 64, 100])
-def test_the_largest_number_is_found_whatever_the_limit(limit):
+def test_the_largest_number_is_found_however_fast_the_need_grows(limit, power):
     for threshold in range(limit + 3):
         asked: list[int] = []
 
-        def holds(value: int, asked: list[int] = asked, threshold: int = threshold) -> bool:
+        def room(value: int, asked: list[int] = asked, threshold: int = threshold) -> int:
             asked.append(value)
-            return value <= threshold
+            return int(1000 * threshold**power) - int(1000 * value**power)
 
-        assert largest(holds, limit) == min(threshold, limit)
-        assert max(asked) <= limit
-    assert largest(lambda value: True, 0) == 0
+        assert largest(room, limit) == min(threshold, limit)
+        assert all(1 <= value <= limit for value in asked)
+    assert largest(lambda value: 1, 0) == 0
+
+
+def test_a_straight_line_is_found_in_a_handful_of_tries():
+    asked: list[int] = []
+
+    def room(value: int) -> int:
+        asked.append(value)
+        return 7_000_000 - 1000 * value
+
+    assert largest(room, 2**20) == 7000
+    assert len(asked) <= 5
 
 
 def test_every_method_is_searched_with_and_without_recomputation(recipe):
