@@ -91,7 +91,7 @@ class SimulatedMeter(TrackedMeter):
             )
 
             def step_param(param: Tensor, group: dict[str, Any]) -> None:
-                self._at(optimizer._name_of(param))
+                self._at(optimizer.place_of(param)[0])
                 repeated(param, group)
 
             optimizer.step_param = step_param  # type: ignore[method-assign]

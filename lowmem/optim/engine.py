@@ -1,7 +1,9 @@
 """The one optimizer engine. Every algorithm is a `LowMemOptimizer` that differs only in its rule.
 
 A step of one parameter reads: load -> refresh? -> update -> save -> write back. `step()` loops over
-`step_param`, and a backward hook may call the same function, so both make the same bits.
+`step_param`, and a backward hook may call the same function, so both make the same bits. A hook may also
+call `project_grad_`, which makes the first half of that (refresh?, project) and frees the gradient; then
+`step_param` goes on from what was projected.
 """
 
 from __future__ import annotations
@@ -45,6 +47,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
     treats_matrices: ClassVar[bool] = False
     """Whether `build_optimizer` gives it the linear layers only and the rest to the fallback."""
+
+    _skips: bool
 
     def __init__(self, params: Iterable[Any], settings: dict[str, Any]):
         self._forget()
@@ -112,11 +116,18 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient. `closure` is evaluated once, with gradients on."""
+        """Update every parameter that has a gradient. `closure` is evaluated once, with gradients on.
+
+        After `skip_next_step()` nothing is updated and what was projected is dropped.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._skips:
+            self._skips = False
+            self.projected.clear()
+            return loss
         for group in self.param_groups:
             for param in group["params"]:
                 self.step_param(param, group)
@@ -124,25 +135,27 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step_param(self, param: Tensor, group: dict[str, Any]) -> None:
-        """Update one parameter from its `.grad`; does nothing where there is none."""
-        grad = param.grad
-        if grad is None or param.numel() == 0:
+        """Update one parameter from what was projected of its gradient, or from `.grad`; else do nothing."""
+        projected, grad = self.projected.pop(param, None), param.grad
+        if param.numel() == 0 or (grad is None and projected is None):
             return
-        if grad.is_sparse:
-            raise ValueError("sparse gradients are not supported; use torch.nn.Embedding(sparse=False)")
-        owner = registry.optimizer_class(group["algorithm"])
-        rule = owner.rule(group, tuple(param.shape))
+        rule = self._rule(param, group)
         stored = self._stored(param, group, rule)
         ctx = self._next_context(param, group)
         lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
-        rounding = None
-        if group["rounding"] == "stochastic":
-            rounding = seeded_generator(param.device, ctx.seed, ctx.name, ctx.step, "rounding")
-
+        rounding = self._rounding(param, group, ctx, "rounding")
         codecs = self._codecs(param, group, rule)
         whole = LoadedState(stored, codecs, rule.slots(tuple(param.shape)), WHOLE)
+        if projected is not None:
+            direction, changed = rule.update_projected(projected.float(), tuple(param.shape), whole, ctx)
+            whole.save_(changed, rounding)
+            write_(param, direction, lr=lr, weight_decay=weight_decay, generator=rounding)
+            return
+        assert grad is not None
+        if grad.is_sparse:
+            raise ValueError("sparse gradients are not supported; use torch.nn.Embedding(sparse=False)")
         if rule.needs_refresh(ctx):
-            whole.save_(rule.refresh(grad, whole, ctx), rounding)
+            whole.save_(rule.refresh(grad, whole, ctx), self._rounding(param, group, ctx, "refresh"))
         exact = rounding is None or param.dtype in (torch.float32, torch.float64)
         if exact and step_with_torch_(
             rule, param, grad, stored, step=ctx.step, lr=lr, weight_decay=weight_decay
@@ -158,6 +171,37 @@ class LowMemOptimizer(torch.optim.Optimizer):
             direction, changed = rule.update(slice_of_grad.float(), state, ctx)
             write_(weight, direction, lr=lr, weight_decay=weight_decay, generator=rounding)
             state.save_(changed, rounding)
+
+    @torch.no_grad()
+    def project_grad_(self, param: Tensor, group: dict[str, Any]) -> bool:
+        """Add `.grad`, projected, to `projected[param]` and free it; False for a rule that needs it whole.
+
+        The first gradient of a step refreshes the basis where one is due.
+        """
+        rule, grad = self._rule(param, group), param.grad
+        if not rule.is_projected or grad is None or param.numel() == 0:
+            return False
+        stored = self._stored(param, group, rule)
+        ctx = self.coming_context(param, group)
+        slots = rule.slots(tuple(param.shape))
+        whole = LoadedState(stored, self._codecs(param, group, rule), slots, WHOLE)
+        if param not in self.projected and rule.needs_refresh(ctx):
+            whole.save_(rule.refresh(grad, whole, ctx), self._rounding(param, group, ctx, "refresh"))
+        projected = rule.project(grad, whole)
+        param.grad = None
+        if param in self.projected:
+            self.projected[param].add_(projected)
+        else:
+            self.projected[param] = projected.to(accumulator_dtype(group["accumulator"], param.dtype))
+        return True
+
+    def skip_next_step(self) -> None:
+        """Let the next `step()` leave everything as it is: its gradients are of no use."""
+        self._skips = True
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self.projected.clear()
 
     # ---------------------------------------------------------------- state
 
@@ -197,7 +241,20 @@ class LowMemOptimizer(torch.optim.Optimizer):
         """Drop what is only remembered from the state and the groups; it is read again when needed."""
         self._steps: dict[Tensor, int] = {}
         self._known: dict[Tensor, set[str]] = {}
-        self._names: dict[Tensor, str] = {}
+        self._places: dict[Tensor, tuple[str, int, int]] = {}
+        self._skips = False
+        self.projected: dict[Tensor, Tensor] = {}
+        """Gradients of the step under way in the rule's subspace; their parameters hold no `.grad`."""
+
+    def _rule(self, param: Tensor, group: dict[str, Any]) -> Rule:
+        return registry.optimizer_class(group["algorithm"]).rule(group, tuple(param.shape))
+
+    def _rounding(
+        self, param: Tensor, group: dict[str, Any], ctx: Context, purpose: str
+    ) -> torch.Generator | None:
+        if group["rounding"] != "stochastic":
+            return None
+        return seeded_generator(param.device, ctx.seed, ctx.name, ctx.step, purpose)
 
     def _stored(self, param: Tensor, group: dict[str, Any], rule: Rule) -> dict[str, Tensor]:
         stored = self.state[param]
@@ -219,24 +276,35 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
     def _next_context(self, param: Tensor, group: dict[str, Any]) -> Context:
         """Count the update. The count is mirrored in Python so that the tensor is read once, after a load."""
-        step_tensor = self.state[param]["step"]
-        step = (self._steps[param] if param in self._steps else int(step_tensor)) + 1
-        self._steps[param] = step
-        step_tensor.fill_(step)
-        return self._context(param, group, step, self._known.setdefault(param, set()))
+        ctx = self.coming_context(param, group)
+        self._steps[param] = ctx.step
+        self.state[param]["step"].fill_(ctx.step)
+        return ctx
+
+    def coming_context(self, param: Tensor, group: dict[str, Any]) -> Context:
+        """That of the next update, which is not counted yet."""
+        if param not in self._steps:
+            self._steps[param] = int(self.state[param]["step"]) if self.state[param] else 0
+        return self._context(param, group, self._steps[param] + 1, self._known.setdefault(param, set()))
 
     def _context(self, param: Tensor, group: dict[str, Any], step: int, known: set[str]) -> Context:
-        return Context(step=step, name=self._name_of(param), seed=group["seed"], known=known)
+        name, index, count = self.place_of(param)
+        return Context(step=step, name=name, seed=group["seed"], known=known, index=index, count=count)
 
-    def _name_of(self, param: Tensor) -> str:
-        """The parameter's name where the caller gave one, else its place among the groups."""
-        if param not in self._names:
-            for group_index, group in enumerate(self.param_groups):
-                names = group.get("param_names") or [
-                    f"{group_index}.{i}" for i in range(len(group["params"]))
-                ]
-                self._names.update(zip(group["params"], names, strict=True))
-        return self._names[param]
+    def place_of(self, param: Tensor) -> tuple[str, int, int]:
+        """Name, where the caller gave one, else made of its place; which of its group it is; of how many."""
+        if param not in self._places:
+            for number, group in enumerate(self.param_groups):
+                params = group["params"]
+                names = group.get("param_names") or [f"{number}.{i}" for i in range(len(params))]
+                places = ((name, index, len(params)) for index, name in enumerate(names))
+                self._places.update(zip(params, places, strict=True))
+        return self._places[param]
+
+
+def accumulator_dtype(chosen: str, param_dtype: torch.dtype) -> torch.dtype:
+    """What projected gradients are added up in."""
+    return param_dtype if chosen == "param" else {"bf16": torch.bfloat16, "fp32": torch.float32}[chosen]
 
 
 def _parts(param: Tensor, grad: Tensor) -> Iterable[tuple[slice, Tensor, Tensor]]:

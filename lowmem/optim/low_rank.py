@@ -42,6 +42,7 @@ class LowRank(Rule):
     """
 
     scope: ClassVar[Scope] = "matrix"
+    is_projected: ClassVar[bool] = True
 
     inner: Rule
     projection: Projection
@@ -56,14 +57,17 @@ class LowRank(Rule):
         return {BASIS: Slot((*batch, m, self.rank), "basis"), **self.inner.slots((*batch, self.rank, n))}
 
     def needs_refresh(self, ctx: Context) -> bool:
-        return self.refresh_every.is_due(ctx.step) or not ctx.knows(BASIS)
+        return self.refresh_is_due(ctx) or not ctx.knows(BASIS)
+
+    def refresh_is_due(self, ctx: Context) -> bool:
+        return self.refresh_every.is_due(ctx)
 
     def refresh(self, grad: Tensor, state: State, ctx: Context) -> dict[str, Tensor]:
         P_old = state[BASIS]
         has_basis = ctx.step > 1 and (ctx.knows(BASIS) or ctx.ask(P_old.any(), assume=True))
         if has_basis:
             ctx.remember(BASIS)
-        is_due = self.refresh_every.is_due(ctx.step)
+        is_due = self.refresh_is_due(ctx)
         if has_basis and not is_due:
             return {}
         changed = self._reset(state) if is_due and self.on_refresh == "reset" else {}
@@ -79,11 +83,21 @@ class LowRank(Rule):
         return {BASIS: P, **changed}
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> tuple[Direction, dict[str, Tensor]]:
+        return self.update_projected(self.project(grad, state), tuple(grad.shape), state, ctx)
+
+    def project(self, grad: Tensor, state: State) -> Tensor:  # (..., r, n)
         G, P = _wide(grad), state[BASIS]
-        R = self._project(G, P)
+        if G.dim() == 2:
+            return matmul_transposed_fp32(G, P)
+        return torch.stack([matmul_transposed_fp32(G_e, P_e) for G_e, P_e in zip(G, P, strict=True)])
+
+    def update_projected(
+        self, projected: Tensor, shape: Shape, state: State, ctx: Context
+    ) -> tuple[Direction, dict[str, Tensor]]:
+        R, P = projected, state[BASIS]
         N, inner_state = self.inner.update(R, self._inner_state(state), self._inner_context(ctx))
         assert isinstance(N, Tensor)
-        left, right = (P, N) if G is grad else (N.mT, P.mT)
+        left, right = (P, N) if shape[-2] < shape[-1] else (N.mT, P.mT)
         return Factors(left, right, self.scale), inner_state
 
     def _fit(self, G: Tensor, start: Tensor | None, ctx: Context) -> Tensor:
@@ -99,13 +113,8 @@ class LowRank(Rule):
         safe = torch.where(largest_magnitude(G) > 0, G, torch.eye(*G.shape, device=G.device, dtype=G.dtype))
         return self.projection.fit(safe, self.rank, start=start, generator=generator)
 
-    def _project(self, G: Tensor, P: Tensor) -> Tensor:
-        if G.dim() == 2:
-            return matmul_transposed_fp32(G, P)
-        return torch.stack([matmul_transposed_fp32(G_e, P_e) for G_e, P_e in zip(G, P, strict=True)])
-
     def _inner_context(self, ctx: Context) -> Context:
-        return ctx.at_step(self.refresh_every.steps_since(ctx.step)) if self.on_refresh == "reset" else ctx
+        return ctx.at_step(self.refresh_every.steps_since(ctx)) if self.on_refresh == "reset" else ctx
 
     def _inner_state(self, state: State) -> State:
         return _Without(state, BASIS)

@@ -49,11 +49,13 @@ Direction = Tensor | Factors
 class Context:
     """What a rule may know about the step it is part of; never the learning rate."""
 
-    def __init__(self, *, step: int, name: str, seed: int, known: set[str]):
+    def __init__(self, *, step: int, name: str, seed: int, known: set[str], index: int = 0, count: int = 1):
         self.step = step
         """Updates of this parameter including this one: 1 at its first."""
         self.name = name
         self.seed = seed
+        self.index, self.count = index, count
+        """Which parameter of its group this is, and of how many."""
         self._known = known
 
     def generator(self, device: torch.device, purpose: str) -> torch.Generator:
@@ -76,7 +78,9 @@ class Context:
 
     def at_step(self, step: int) -> Context:
         """The same context with another step number, for a rule inside a rule."""
-        return Context(step=step, name=self.name, seed=self.seed, known=self._known)
+        return Context(
+            step=step, name=self.name, seed=self.seed, known=self._known, index=self.index, count=self.count
+        )
 
 
 class Rule:
@@ -93,6 +97,9 @@ class Rule:
 
     scope: ClassVar[Scope] = "element"
 
+    is_projected: ClassVar[bool] = False
+    """Whether `update` sees the gradient through `project` alone, so that it may be projected as it arrives."""
+
     def slots(self, shape: Shape) -> dict[str, Slot]:
         """The state for a parameter of `shape`, so that its bytes are known without allocating it."""
         return {}
@@ -108,6 +115,20 @@ class Rule:
     def update(self, grad: Tensor, state: State, ctx: Context) -> tuple[Direction, dict[str, Tensor]]:
         """The direction, to be multiplied by the learning rate and subtracted, and the new state."""
         raise NotImplementedError(f"{type(self).__name__} has no update")
+
+    def refresh_is_due(self, ctx: Context) -> bool:
+        """Whether this step is one at which `refresh` wants the whole gradient of the step."""
+        return False
+
+    def project(self, grad: Tensor, state: State) -> Tensor:
+        """What `update` needs of the gradient: float32, linear in `grad`, so micro-batches may be added up."""
+        raise NotImplementedError(f"{type(self).__name__} needs the whole gradient")
+
+    def update_projected(
+        self, projected: Tensor, shape: Shape, state: State, ctx: Context
+    ) -> tuple[Direction, dict[str, Tensor]]:
+        """`update`, given `project(grad)` of a gradient of `shape`."""
+        raise NotImplementedError(f"{type(self).__name__} needs the whole gradient")
 
     def change_basis(self, state: State, C: Tensor, ctx: Context) -> dict[str, Tensor]:
         """New state when the coordinates it lives in change by C (r, r); `ctx.step` updates were made."""

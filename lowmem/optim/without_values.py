@@ -19,14 +19,13 @@ FARTHEST_REFRESH = 100_000  # steps; who refreshes less often does not refresh i
 
 def step_key(optimizer: LowMemOptimizer, param: Tensor, group: dict[str, Any]) -> Hashable:
     """What decides which tensors the next update of `param` makes: equal keys, equal bytes."""
-    known = optimizer._known.get(param, set())
-    ctx = optimizer._context(param, group, optimizer._steps.get(param, 0) + 1, known)
+    ctx = optimizer.coming_context(param, group)
     layouts = [
         (tensor.shape, tensor.stride(), tensor.dtype) for tensor in (param, param.grad) if tensor is not None
     ]
     settings = {name: value for name, value in group.items() if name not in ("params", "param_names")}
     is_refresh = _rule(param, group).needs_refresh(ctx)
-    return (repr(settings), *layouts, param in optimizer._steps, is_refresh)
+    return (repr(settings), *layouts, bool(optimizer.state[param]), is_refresh)
 
 
 def pretend_step_(optimizer: LowMemOptimizer, param: Tensor, group: dict[str, Any], like: Tensor) -> None:
@@ -37,27 +36,37 @@ def pretend_step_(optimizer: LowMemOptimizer, param: Tensor, group: dict[str, An
 
 
 def pretend_until_refresh_(optimizer: LowMemOptimizer) -> bool:
-    """Count the updates of every parameter up to just before its next refresh; False where none is near."""
+    """Count all updates up to just before a refresh; False where none is near.
+
+    Of the steps at which a parameter is refreshed next, the one with the most values to refresh is taken.
+    """
     coming: dict[Hashable, int | None] = {}
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if param not in optimizer._steps:
-                continue
-            rule, done = _rule(param, group), optimizer._steps[param]
-            key = (rule, done)
-            if key not in coming:
-                coming[key] = _next_refresh(optimizer, param, group, rule, done)
-            step = coming[key]
-            if step is not None:
-                optimizer._steps[param] = step - 1
-    return any(step is not None for step in coming.values())
+    due: dict[int, int] = {}
+    stepped = [
+        (param, group)
+        for group in optimizer.param_groups
+        for param in group["params"]
+        if optimizer.state[param]
+    ]
+    for param, group in stepped:
+        rule, (_, index, count) = _rule(param, group), optimizer.place_of(param)
+        key = (rule, index, count, optimizer._steps[param])
+        if key not in coming:
+            coming[key] = _next_refresh(optimizer, param, group, rule)
+        if (step := coming[key]) is not None:
+            due[step] = due.get(step, 0) + param.numel()
+    if not due:
+        return False
+    fullest = max(due, key=lambda step: (due[step], -step))
+    for param, _ in stepped:
+        optimizer._steps[param] = fullest - 1
+    return True
 
 
-def _next_refresh(
-    optimizer: LowMemOptimizer, param: Tensor, group: dict[str, Any], rule: Rule, done: int
-) -> int | None:
+def _next_refresh(optimizer: LowMemOptimizer, param: Tensor, group: dict[str, Any], rule: Rule) -> int | None:
     if type(rule).needs_refresh is Rule.needs_refresh:
         return None
+    done = optimizer._steps[param]
     for step in range(done + 1, done + FARTHEST_REFRESH):
         if rule.needs_refresh(optimizer._context(param, group, step, optimizer._known[param])):
             return step

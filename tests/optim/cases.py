@@ -19,7 +19,7 @@ SETTINGS: dict[str, list[dict]] = {
     ],
     "sgd_sai": [{}, {"gsnr": "paper", "lr": 0.2}, {"momentum": 0.0, "weight_decay": 0.0}],
     "galore": [
-        {"rank": 4, "refresh_every": 7, "projection": "svd", "weight_decay": 0.1},
+        {"rank": 4, "refresh_every": 7, "projection": "svd", "weight_decay": 0.1, "stagger": False},
         {"rank": 4, "refresh_every": 7, "projection": "subspace", "scale": 0.25},
         {"rank": 4, "refresh_every": 7, "projection": "subspace", "on_refresh": "reset"},
         {"rank": 4, "refresh_every": 7, "projection": "subspace", "on_refresh": "rotate"},

@@ -19,9 +19,11 @@ class GaLoreReference:
         refresh_every=200,
         on_refresh="keep",
         projection="svd",
+        stagger=True,
     ):
         self.params, self.lr, self.betas, self.eps, self.weight_decay = params, lr, betas, eps, weight_decay
         self.rank, self.scale, self.every, self.on_refresh = rank, scale, refresh_every, on_refresh
+        self.offset = [i * refresh_every // len(params) if stagger else 0 for i in range(len(params))]
         self.t = [0] * len(params)
         self.state = [None] * len(params)
 
@@ -30,6 +32,10 @@ class GaLoreReference:
             if g is None:
                 continue
             self.t[i] += 1
+            # Refreshed at its first step, and then when its turn comes.
+            since = (self.t[i] - 1 - self.offset[i]) % self.every
+            self.is_due = self.t[i] == 1 or since == 0
+            self.k = since + 1 if self.t[i] > self.offset[i] else self.t[i]
             if w.dim() == 3:  # a batch of matrices, each on its own
                 self.state[i] = self.state[i] or [None] * len(w)
                 for e in range(len(w)):
@@ -45,14 +51,14 @@ class GaLoreReference:
             tall = g.shape[0] >= g.shape[1]
             G = g.T if tall else g
             P, m, v = state or (None, torch.zeros_like(G[: self.rank]), torch.zeros_like(G[: self.rank]))
-            if (t - 1) % self.every == 0 and G.abs().sum() > 0:
+            if self.is_due and G.abs().sum() > 0:
                 P_new = top_left_singular_vectors(G, self.rank)
                 if P is not None and self.on_refresh == "rotate":
                     m, v = self.rotate(m, v, P_new.T @ P, t - 1)
                 if self.on_refresh == "reset":
                     m, v = torch.zeros_like(m), torch.zeros_like(v)
                 P = P_new
-            k = (t - 1) % self.every + 1 if self.on_refresh == "reset" else t
+            k = self.k if self.on_refresh == "reset" else t
             R = P.T @ G if P is not None else torch.zeros_like(m)
             N, m, v = self.adam(R, m, v, k)
             u = self.scale * (P @ N) if P is not None else torch.zeros_like(G)

@@ -33,7 +33,8 @@ class GaLore(LowMemOptimizer):
     arXiv:2403.03507, algorithm 2. Differs from the authors' code (galore-torch 1.0): the basis is found
     by a warm-started randomised subspace iteration unless `projection="svd"`; its signs are canonical;
     eps is added after the bias correction, as in torch and the paper, instead of before; weight decay
-    uses the weight before the step; a basis is kept where a gradient cannot give a new one; all state is
+    uses the weight before the step; matrices are refreshed in turn and not all in one step (`stagger`),
+    which keeps a refresh cheap in time and memory; a basis is kept where a gradient cannot give a new one; all state is
     plain tensors, so a run can be resumed; `on_refresh` can reset or rotate the moments.
     """
 
@@ -53,10 +54,16 @@ class GaLore(LowMemOptimizer):
         ] = 128,
         scale: Annotated[float, Range(above=0), "factor of the low-rank step (alpha in the paper)"] = 1.0,
         refresh_every: Annotated[int, Range(at_least=1), "steps between two bases (T in the paper)"] = 200,
+        stagger: Annotated[
+            bool, "spread the refreshes after the first over the steps, a few matrices at a time"
+        ] = True,
         projection: Annotated[Literal["subspace", "svd"], "how the basis is found"] = "subspace",
         on_refresh: Annotated[
             Literal["keep", "reset", "rotate"], "what happens to the moments at a refresh"
         ] = "keep",
+        accumulator: Annotated[
+            Literal["param", "bf16", "fp32"], "what projected gradients are added up in over micro-batches"
+        ] = "param",
         storage: StorageSetting = None,
         rounding: Rounding = "stochastic",
         seed: Seed = 0,
@@ -69,8 +76,10 @@ class GaLore(LowMemOptimizer):
             rank=rank,
             scale=scale,
             refresh_every=refresh_every,
+            stagger=stagger,
             projection=projection,
             on_refresh=on_refresh,
+            accumulator=accumulator,
             storage=storage,
             rounding=rounding,
             seed=seed,
@@ -86,7 +95,7 @@ class GaLore(LowMemOptimizer):
             inner=adam,
             projection=PROJECTIONS[group["projection"]],
             rank=group["rank"],
-            refresh_every=Every(group["refresh_every"]),
+            refresh_every=Every(group["refresh_every"], group["stagger"]),
             scale=group["scale"],
             on_refresh=group["on_refresh"],
         )
