@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,23 +15,51 @@ from lowmem.errors import FaultError
 
 
 def publish_folder(unfinished: Path, final: Path) -> None:
-    """Flush every file of `unfinished` to the disk, then give it its name, replacing what had it."""
-    for file in [*unfinished.rglob("*"), unfinished]:
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    retired = final.with_name(f".{final.name}.old")
+    """Flush every file of `unfinished` to the disk, then give it its name, replacing what had it.
+
+    A crash while it replaces is mended by `recover_replaced_`.
+    """
+    for path in [*unfinished.rglob("*"), unfinished]:
+        _flush_to_disk(path)
+    retired = _retired(final)
     if final.exists():
         shutil.rmtree(retired, ignore_errors=True)
         final.rename(retired)
     unfinished.rename(final)
+    _flush_to_disk(final.parent)  # the name too survives a power cut
     shutil.rmtree(retired, ignore_errors=True)
 
 
+def recover_replaced_(final: Path) -> None:
+    """Undo a `publish_folder` that was killed after it took the old folder away and before the new one came."""
+    retired = _retired(final)
+    if retired.is_dir() and not final.exists():
+        retired.rename(final)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def delete_folder_(folder: Path) -> None:
+    """Delete under another name, so that a crash never leaves half of it under its own."""
+    doomed = folder.with_name(f".{folder.name}.deleting")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _retired(final: Path) -> Path:
+    return final.with_name(f".{final.name}.old")
+
+
+def _flush_to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
-def disk_faults_explained(what: str, last_good: Path | None) -> Iterator[None]:
+def disk_faults_explained(what: str, last_good: Path | Callable[[], Path | None] | None) -> Iterator[None]:
     """Turn a full or failing disk while `what` is written into a FaultError that names what is intact."""
     try:
         yield
@@ -39,13 +67,8 @@ def disk_faults_explained(what: str, last_good: Path | None) -> Iterator[None]:
         # torch.save reports a full disk as a RuntimeError of its file writer.
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise  # FaultError too, which says its own
-        intact = (
-            f"The last complete checkpoint is {last_good}."
-            if last_good
-            else "No checkpoint was complete yet."
-        )
         raise FaultError(
-            f"{what} could not be written: {error}. {intact} Free some disk space and run again."
+            f"{what} could not be written: {error}. {_intact(last_good)} Free some disk space and run again."
         ) from error
 
 
@@ -62,3 +85,25 @@ def checkpoint_faults_explained(checkpoint: Path) -> Iterator[None]:
         raise FaultError(
             f"{checkpoint} cannot be read: {reason} Delete this folder to continue from the checkpoint before it."
         ) from error
+
+
+@contextmanager
+def worker_faults_explained(last_good: Callable[[], Path | None] | None) -> Iterator[None]:
+    """Turn the death of a process that prepares batches into a FaultError that names what is intact."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise FaultError(
+            f"A process that prepares batches ended: {str(error).splitlines()[0]} {_intact(last_good)} "
+            "The usual cause is too little host memory, or too small a /dev/shm; free some and run again."
+        ) from error
+
+
+def _intact(last_good: Path | Callable[[], Path | None] | None) -> str:
+    """`last_good` as it is now, after the fault."""
+    checkpoint = last_good() if callable(last_good) else last_good
+    return (
+        f"The last complete checkpoint is {checkpoint}." if checkpoint else "No checkpoint was complete yet."
+    )

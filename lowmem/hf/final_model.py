@@ -3,22 +3,48 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import peft.peft_model
+import transformers.modeling_utils
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem.hf.atomic_folder import disk_faults_explained, publish_folder
 from lowmem.hf.chunked_loss import causal_model
 from lowmem.hf.lora import save_adapters
+from lowmem.run.checkpoint_probe import write_safetensors_in_small
+from lowmem.run.checkpoint_tensors import write_safetensors
+
+_WRITER = "safe_save_file"  # the name by which both libraries call safetensors' save_file
 
 
-def save_weights(model: PreTrainedModel | PeftModel, folder: str | Path) -> None:
-    """`model` as safetensors with its configuration; of a LoRA model the adapters alone."""
-    if isinstance(model, PeftModel):
-        save_adapters(model, folder)
-    else:
-        model.save_pretrained(str(folder))
+def save_weights(model: PreTrainedModel | PeftModel, folder: str | Path, *, in_small: bool = False) -> None:
+    """`model` as safetensors with its configuration; of a LoRA model the adapters alone.
+
+    in_small: every tensor is cut down to one value, to try out the rest.
+    """
+    with _written_by(write_safetensors_in_small if in_small else write_safetensors):
+        if isinstance(model, PeftModel):
+            save_adapters(model, folder)
+        else:
+            model.save_pretrained(str(folder))
+
+
+@contextmanager
+def _written_by(writer: Callable[..., None]) -> Iterator[None]:
+    """The libraries' own writer copies all tensors from the GPU to the host before it writes the first."""
+    libraries = (transformers.modeling_utils, peft.peft_model)
+    originals = [getattr(library, _WRITER) for library in libraries]
+    try:
+        for library in libraries:
+            setattr(library, _WRITER, writer)
+        yield
+    finally:
+        for library, original in zip(libraries, originals, strict=True):
+            setattr(library, _WRITER, original)
 
 
 def write_final_model(

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem.errors import RecipeError
+from lowmem.errors import FaultError, RecipeError
+from lowmem.hf.atomic_folder import delete_folder_, publish_folder, recover_replaced_
 from lowmem.hf.metrics import MetricsFile
 from lowmem.recipe.dump import recipe_document
 from lowmem.recipe.load import load_recipe
 from lowmem.recipe.schema import Recipe
+from lowmem.run.checkpoint import (
+    CHECKPOINT_PREFIX,
+    Choice,
+    checkpoints_in,
+    choose_newest_good,
+    drop_optimizer_state_,
+    has_optimizer_state,
+    is_complete,
+    newest_with_optimizer_state,
+    seal,
+    set_aside_,
+    step_of,
+    verify,
+)
+from lowmem.run.checkpoint_manifest import DamagedError
 
-CHECKPOINT_PREFIX = "checkpoint-"
-STATE_FILE = "trainer_state.json"  # the last file a checkpoint gets
+STATE_FILE = "trainer_state.json"
 MAY_CHANGE = ("train.max_steps", "train.epochs", "save", "resume", "report", "eval")
 """Keys that do not change what has been trained so far, so a run may continue with other values."""
 
@@ -35,7 +51,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> MetricsFile:
-        return MetricsFile(self.path / "metrics.jsonl")
+        return MetricsFile(self.path / "metrics.jsonl", self.newest_checkpoint)
 
     @property
     def memory(self) -> Path:
@@ -45,33 +61,45 @@ class RunFolder:
     def model(self) -> Path:
         return self.path / "model"
 
+    @property
+    def unfinished(self) -> Path:
+        """Where a checkpoint is written before it has its name."""
+        return self.path / ".saving"
+
     def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        found = [
-            folder for folder in self.path.glob(CHECKPOINT_PREFIX + "*") if (folder / STATE_FILE).is_file()
-        ]
-        return sorted(
-            (folder for folder in found if step_of(folder) is not None), key=lambda f: step_of(f) or 0
-        )
+        """Oldest first, damaged ones too; none is unfinished, for each got its name when it was complete."""
+        return checkpoints_in(self.path)
 
     def newest_checkpoint(self) -> Path | None:
-        checkpoints = self.checkpoints()
-        return checkpoints[-1] if checkpoints else None
+        """The newest whose files are all there in their sizes; their content is checked by who resumes."""
+        return next((path for path in reversed(self.checkpoints()) if is_complete(path)), None)
 
-    def delete_old_checkpoints_(self, keep: int) -> None:
+    def publish_checkpoint_(self, unfinished: Path, *, keep: int, optimizer_states: str) -> Path:
+        """Seal `unfinished`, give it its name, and only then take from older ones what is no longer kept."""
+        seal(unfinished, step=step_of(unfinished) or 0)
+        self.metrics.flush_to_disk()  # a checkpoint must not outlive the rows of its steps
+        published = self.path / unfinished.name
+        publish_folder(unfinished, published)
+        *older, _ = self.checkpoints()[-keep:]
         for folder in self.checkpoints()[:-keep]:
-            shutil.rmtree(folder)
+            delete_folder_(folder)
+        if optimizer_states == "newest":
+            for folder in older:
+                drop_optimizer_state_(folder)
+        return published
+
+    def clear_leftovers_(self) -> None:
+        """Remove what a killed process was writing or deleting. Only for who holds the folder's lock."""
+        recover_replaced_(self.model)
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        shutil.rmtree(self.path / f".{self.model.name}.saving", ignore_errors=True)
+        for folder in self.path.glob(f".{CHECKPOINT_PREFIX}*.deleting"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def holds_a_run(self) -> bool:
         """Something that training produced; a recipe alone is left by a run that failed at set-up."""
         trained = [self.model, self.metrics.path, *self.checkpoints()]
         return any(path.exists() for path in trained)
-
-
-def step_of(checkpoint: Path) -> int | None:
-    """120 for .../checkpoint-120; None for other names."""
-    number = checkpoint.name.removeprefix(CHECKPOINT_PREFIX)
-    return int(number) if number.isdigit() and number != checkpoint.name else None
 
 
 def flat_keys(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -141,24 +169,79 @@ def open_run_folder(recipe: Recipe) -> RunFolder:
     return folder
 
 
-def checkpoint_to_resume(recipe: Recipe, folder: RunFolder) -> Path | None:
-    """The checkpoint the run starts from, None for a fresh start. Raises RecipeError for a path that is none."""
-    newest = folder.newest_checkpoint()
-    if recipe.resume == "auto":
-        return newest
+def checkpoint_to_resume(
+    recipe: Recipe, folder: RunFolder, say: Callable[[str], Any], *, is_main: bool = True
+) -> Path | None:
+    """The checkpoint the run starts from, every file of it verified; None for a fresh start.
+
+    With `resume: auto` a damaged checkpoint is passed over, said in one line, and set aside by the main
+    process. Raises RecipeError for a path that is no checkpoint or has no optimizer state any more, FaultError
+    when the chosen checkpoint, or every one, is damaged.
+    """
     if recipe.resume == "never":
         return None
+    if recipe.resume == "auto":
+        return _newest_good_checkpoint(folder, say, is_main=is_main)
     chosen = Path(recipe.resume).expanduser()
-    if not (chosen / STATE_FILE).is_file() or step_of(chosen) is None:
+    if step_of(chosen) is None or chosen not in checkpoints_in(chosen.parent):
         known = ", ".join(str(path) for path in folder.checkpoints()) or "none"
         raise RecipeError(
-            f"resume: {chosen} is not a checkpoint folder (checkpoint-<step> with {STATE_FILE}). Use auto, never "
+            f"resume: {chosen} is not a checkpoint folder (checkpoint-<step>, with files in it). Use auto, never "
             f"or the path of a checkpoint; {folder.path} holds: {known}."
         )
+    newest = folder.newest_checkpoint()
     if newest is not None and (step_of(newest) or 0) > (step_of(chosen) or 0):
         raise RecipeError(
             f"resume: {chosen}, but {folder.path} also holds the newer {newest.name}, which the new run would mix "
             "with its own. Delete the newer checkpoints or choose another save.dir."
         )
+    try:
+        verify(chosen)
+    except DamagedError as error:
+        raise FaultError(
+            f"resume: {chosen} is damaged: {error}. Restore that file from a copy, resume from another checkpoint, "
+            "or set resume: auto, which continues from the newest one without damage."
+        ) from error
     refuse_other_recipe(RunFolder(chosen.parent), recipe)
+    if not has_optimizer_state(chosen):
+        able = newest_with_optimizer_state(checkpoints_in(chosen.parent))
+        newest_able = f"the newest that has it is {able}" if able else "no other checkpoint beside it has one"
+        raise RecipeError(
+            f"resume: the optimizer state of {chosen} is gone (save.optimizer_states: newest keeps one); "
+            f"{newest_able}. Resume from that one. To train on from the weights alone, set "
+            "model.name_or_path to this checkpoint and choose another save.dir."
+        )
     return chosen
+
+
+def _newest_good_checkpoint(folder: RunFolder, say: Callable[[str], Any], *, is_main: bool) -> Path | None:
+    choice = choose_newest_good(folder.checkpoints())
+    if choice.damaged and choice.checkpoint is None:
+        raise FaultError(
+            f"{folder.path} holds no checkpoint without damage. {'; '.join(map(str, choice.damaged))}. Restore the "
+            "files from a copy, or delete the checkpoints to start afresh."
+        )
+    gone = _optimizer_state_is_gone(folder, choice)
+    for damage in choice.damaged:
+        assert choice.checkpoint is not None
+        text = f"{damage.checkpoint.name} is damaged ({damage.reason}); falling back to {choice.checkpoint.name}{gone}"
+        if is_main:
+            text += f". The damaged one is now {set_aside_(damage.checkpoint).name}"
+        say(text + ".")
+    if gone and not choice.damaged:
+        assert choice.checkpoint is not None
+        say(f"continuing from {choice.checkpoint.name}{gone}.")
+    return choice.checkpoint
+
+
+def _optimizer_state_is_gone(folder: RunFolder, choice: Choice) -> str:
+    """The end of a sentence about the chosen checkpoint; empty where it has its optimizer state."""
+    if choice.checkpoint is None or has_optimizer_state(choice.checkpoint):
+        return ""
+    passed_over = [one.checkpoint for one in choice.damaged]
+    able = newest_with_optimizer_state(path for path in folder.checkpoints() if path not in passed_over)
+    where = f"the newest that has it is {able.name}" if able else "no checkpoint without damage has one"
+    return (
+        ", whose optimizer state is gone (save.optimizer_states: newest) and starts anew, so this run will differ "
+        f"from an undisturbed one; {where}"
+    )

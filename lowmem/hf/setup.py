@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from lowmem.data.batches import TokenDataset, collate
 from lowmem.data.prepare import Prepared, prepare
+from lowmem.hf.atomic_folder import disk_faults_explained
 from lowmem.hf.callbacks import (
     EvaluateEvery,
     LogLastStep,
@@ -23,7 +24,7 @@ from lowmem.hf.callbacks import (
     StopOnInterrupt,
     StopOnNonFinite,
 )
-from lowmem.hf.disk import refuse_too_small_disk
+from lowmem.hf.disk import optimizer_states_to_come, refuse_too_small_disk
 from lowmem.hf.environment import describe_environment
 from lowmem.hf.evaluation import HeldOut
 from lowmem.hf.interrupt import Interrupt
@@ -35,7 +36,7 @@ from lowmem.hf.model import load_tokenizer
 from lowmem.hf.model_setup import model_summary, trainable_model
 from lowmem.hf.peak import PeakSoFar
 from lowmem.hf.recorded_batches import BatchRecorder
-from lowmem.hf.run_folder import RunFolder, checkpoint_to_resume, open_run_folder, step_of
+from lowmem.hf.run_folder import RunFolder, checkpoint_to_resume, open_run_folder
 from lowmem.hf.trainer import LowMemTrainer
 from lowmem.hf.training_arguments import training_arguments
 from lowmem.memory.measure import meter_for
@@ -43,6 +44,12 @@ from lowmem.memory.wording import size
 from lowmem.optim.build import describe_groups
 from lowmem.recipe.dump import dump_recipe
 from lowmem.recipe.schema import Recipe
+from lowmem.run.checkpoint import newest_with_optimizer_state, step_of
+from lowmem.run.checkpoint_interval import read_interval
+from lowmem.run.checkpoint_probe import checksum_bytes_per_second
+from lowmem.run.folder_lock import FolderLock, lock_folder
+
+SAVED_WHOLE_ON_TRIAL_BYTES = 2**26
 
 Say = Callable[[str], Any]
 
@@ -62,6 +69,7 @@ class Run:
     stop: StopOnInterrupt
     checkpoint: Path | None
     total_steps: int
+    lock: FolderLock | None = None  # held while this lives; None on processes other than the main one
 
     @property
     def is_main(self) -> bool:
@@ -79,16 +87,18 @@ def prepare_run(recipe: Recipe, interrupt: Interrupt) -> Run:
     Raises RecipeError, RefusedError or FaultError for whatever would keep the run from working.
     """
     folder = open_run_folder(recipe)
-    checkpoint = checkpoint_to_resume(recipe, folder)
     args = training_arguments(recipe, folder.path)
     is_main = args.process_index == 0
     say: Say = _say if is_main else _stay_silent
     _quiet_libraries(is_main)
+    lock = _lock(folder, say) if is_main else None
+    checkpoint = checkpoint_to_resume(recipe, folder, say, is_main=is_main)
     if is_main:
-        folder.recipe.write_text(dump_recipe(recipe), encoding="utf-8")
-        folder.environment.write_text(
-            json.dumps(describe_environment(args.world_size), indent=2), encoding="utf-8"
-        )
+        with disk_faults_explained("recipe.yaml", folder.newest_checkpoint):
+            folder.recipe.write_text(dump_recipe(recipe), encoding="utf-8")
+            folder.environment.write_text(
+                json.dumps(describe_environment(args.world_size), indent=2), encoding="utf-8"
+            )
 
     tokenizer = load_tokenizer(recipe.model)
     train_rows = prepare(
@@ -139,20 +149,32 @@ def prepare_run(recipe: Recipe, interrupt: Interrupt) -> Run:
         keep=recipe.save.keep,
         callbacks=callbacks,
     )
+    trainer.optimizer_states = recipe.save.optimizer_states
     optimizer = trainer.create_optimizer()
     meter.watch(optimizer)
     state_bytes = optimizer.state_bytes()  # type: ignore[attr-defined]
     say(f"optimizer: {size(state_bytes)} of state\n{indented(describe_groups(optimizer))}")  # type: ignore[arg-type]
     if is_main:
         saved_bytes = trainable_bytes(model) if isinstance(model, PeftModel) else model_bytes(model)
+        to_come = checkpoints_to_come(recipe, folder)
         refuse_too_small_disk(
             folder.path,
-            checkpoint_bytes=saved_bytes + state_bytes,
-            checkpoints_to_come=checkpoints_to_come(recipe, folder),
+            checkpoint_bytes=saved_bytes,
+            checkpoints_to_come=to_come,
             final_model_bytes=final_model_bytes(recipe, model_bytes(model), saved_bytes),
+            optimizer_state_bytes=state_bytes,
+            optimizer_states_to_come=optimizer_states_to_come(
+                recipe.save.optimizer_states,
+                checkpoints_to_come=to_come,
+                has_one=newest_with_optimizer_state(folder.checkpoints()) is not None,
+            ),
         )
-        folder.metrics.forget_after_(None if checkpoint is None else step_of(checkpoint))
+        forget_rows_to_come_(folder, checkpoint)
     total_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
+    is_trained_already = checkpoint is not None and (step_of(checkpoint) or 0) >= total_steps
+    if is_main and recipe.save.probe_at_start and not is_trained_already:
+        seconds = trainer.try_to_save(total_steps, in_small=saved_bytes > SAVED_WHOLE_ON_TRIAL_BYTES)
+        say(trial_summary(seconds, saved_bytes + state_bytes))
     return Run(
         recipe=recipe,
         folder=folder,
@@ -165,6 +187,34 @@ def prepare_run(recipe: Recipe, interrupt: Interrupt) -> Run:
         stop=stop,
         checkpoint=checkpoint,
         total_steps=total_steps,
+        lock=lock,
+    )
+
+
+def _lock(folder: RunFolder, say: Say) -> FolderLock:
+    """Have `folder` for this process alone, and clear what a killed one left in it."""
+    with disk_faults_explained("The run folder's lock", folder.newest_checkpoint):
+        lock = lock_folder(folder.path)
+        folder.clear_leftovers_()
+    if lock.unsupported:
+        say(f"{folder.path}: this file system has no locks ({lock.unsupported}); start no second run in it.")
+    return lock
+
+
+def forget_rows_to_come_(folder: RunFolder, checkpoint: Path | None) -> None:
+    """Remove the rows of metrics.jsonl that a run from `checkpoint` writes again."""
+    if checkpoint is None:
+        folder.metrics.forget_after_(None)
+        return
+    is_cut = read_interval(checkpoint).steps > 0
+    folder.metrics.forget_after_(step_of(checkpoint), row_is_provisional=is_cut)
+
+
+def trial_summary(seconds: float, checkpoint_bytes: int) -> str:
+    checksum_seconds = checkpoint_bytes / checksum_bytes_per_second()
+    return (
+        f"checkpoints: {size(checkpoint_bytes)} each, checksums take {checksum_seconds:.2g} s of it; a trial was "
+        f"written and read back in {seconds:.2g} s"
     )
 
 

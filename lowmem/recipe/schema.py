@@ -149,6 +149,10 @@ class SaveRecipe:
     dir: str | None = key(None, "run folder; null for runs/<recipe name>")
     every: int | None = key(None, "checkpoint each N steps; null for none but at an interrupt", at_least=1)
     keep: int = key(2, "checkpoints kept", at_least=1)
+    optimizer_states: Literal["newest", "all"] = key(
+        "newest", "checkpoints that can be continued exactly; older ones keep the weights alone"
+    )
+    probe_at_start: bool = key(True, "write and read a checkpoint on trial before the first step")
     model: bool = key(True, "write the final model (plain safetensors, or the LoRA adapters) to <dir>/model")
     merge_lora: bool = key(False, "write the merged model instead of the adapters")
 

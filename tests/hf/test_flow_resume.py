@@ -20,6 +20,7 @@ SETTINGS = (
     "train.gradient_accumulation_steps=2",  # 40 rows: an epoch has five steps
     "save.every=1",
     "save.keep=100",
+    "save.optimizer_states=all",
     "eval.every=2",
     "report.log_every=1",
 )

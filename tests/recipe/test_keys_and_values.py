@@ -165,7 +165,8 @@ def test_a_section_with_nothing_under_it_is_told_what_to_do() -> None:
     (problem,) = problems_of(with_lines("save:\n"))
     assert (
         problem
-        == "r.yaml:7: save is empty. Delete the line, or give it keys: dir, every, keep, model, merge_lora."
+        == "r.yaml:7: save is empty. Delete the line, or give it keys: dir, every, keep, optimizer_states, "
+        "probe_at_start, model, merge_lora."
     )
 
 
