@@ -14,6 +14,7 @@ from lowmem.hf.metering import StepWatch
 from lowmem.hf.recorded_batches import StepBatches, only_item
 from lowmem.hf.trainer import LowMemTrainer
 from lowmem.memory.measure import Meter
+from lowmem.optim.engine import LowMemOptimizer
 from lowmem.recipe.schema import Recipe
 
 
@@ -36,17 +37,25 @@ def replay(
     args: TrainingArguments,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> LowMemTrainer:
-    """Train `model` on `data` under `meter`, with the recipe's schedule and clipping. `callbacks` come first."""
+    """Train `model` on `data` under `meter`, with the recipe's schedule and clipping. `callbacks` come first.
+
+    An optimizer of lowmem's makes its steps by the recipe's `execution`; torch's own are plain.
+    """
     watch = StepWatch(meter)
+    optimizer = optimizer_of(model)
+    is_ours = isinstance(optimizer, LowMemOptimizer)
     trainer = LowMemTrainer(
         model=model,
         args=args,
-        optimizer_of=optimizer_of,
+        optimizer_of=lambda _: optimizer,
         schedule=recipe.train.lr_scheduler,
         train_dataset=data,
         collate=only_item,
         watch=watch,
         callbacks=[*callbacks, MeterBorders(watch)],
+        execution=recipe.train.execution if is_ours else "plain",
+        clip=recipe.optimizer.clip,
+        refresh_from=recipe.optimizer.refresh_from,
     )
     meter.watch(trainer.create_optimizer())
     with watch.closed_at_the_end():

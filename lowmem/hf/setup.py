@@ -94,7 +94,8 @@ def prepare_run(recipe: Recipe, interrupt: Interrupt) -> Run:
     lock = _lock(folder, say) if is_main else None
     checkpoint = checkpoint_to_resume(recipe, folder, say, is_main=is_main)
     if is_main:
-        with disk_faults_explained("recipe.yaml", folder.newest_checkpoint):
+        with disk_faults_explained("The run folder", folder.newest_checkpoint):
+            folder.thin_out_(keep=recipe.save.keep, optimizer_states=recipe.save.optimizer_states)
             folder.recipe.write_text(dump_recipe(recipe), encoding="utf-8")
             folder.environment.write_text(
                 json.dumps(describe_environment(args.world_size), indent=2), encoding="utf-8"
@@ -148,12 +149,16 @@ def prepare_run(recipe: Recipe, interrupt: Interrupt) -> Run:
         run_folder=folder,
         keep=recipe.save.keep,
         callbacks=callbacks,
+        execution=recipe.train.execution,
+        clip=recipe.optimizer.clip,
+        refresh_from=recipe.optimizer.refresh_from,
     )
     trainer.optimizer_states = recipe.save.optimizer_states
     optimizer = trainer.create_optimizer()
     meter.watch(optimizer)
     state_bytes = optimizer.state_bytes()  # type: ignore[attr-defined]
     say(f"optimizer: {size(state_bytes)} of state\n{indented(describe_groups(optimizer))}")  # type: ignore[arg-type]
+    say(trainer.execution_summary)
     if is_main:
         saved_bytes = trainable_bytes(model) if isinstance(model, PeftModel) else model_bytes(model)
         to_come = checkpoints_to_come(recipe, folder)

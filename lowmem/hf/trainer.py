@@ -27,16 +27,19 @@ from lowmem.hf.final_model import save_weights
 from lowmem.hf.metering import StepWatch
 from lowmem.hf.run_folder import STATE_FILE, RunFolder
 from lowmem.hf.schedule import learning_rate_factor
+from lowmem.hf.trainer_mixin import LowMemTrainerMixin
 from lowmem.recipe.schema import SchedulerRecipe
 from lowmem.run.checkpoint import CHECKPOINT_PREFIX, has_optimizer_state, seal, step_of, verify
 from lowmem.run.checkpoint_interval import Interval, read_interval, write_interval
 from lowmem.run.checkpoint_probe import read_back, state_in_small
+from lowmem.run.choose import Requested
+from lowmem.run.execution import Clip, RefreshFrom
 
 Batch = dict[str, Tensor]
 Evaluator = Callable[[nn.Module], dict[str, float | None] | None]
 
 
-class LowMemTrainer(Trainer):
+class LowMemTrainer(LowMemTrainerMixin, Trainer):
     """One run. Adds to the Trainer's loop:
 
     - the loss of a step is the mean over all its trained tokens, and 0 when it has none;
@@ -64,8 +67,14 @@ class LowMemTrainer(Trainer):
         run_folder: RunFolder | None = None,
         keep: int = 1,
         callbacks: list[TrainerCallback] | None = None,
+        execution: Requested = "auto",
+        clip: Clip = "applied",
+        refresh_from: RefreshFrom = "boundary",
     ):
         super().__init__(
+            execution=execution,
+            clip=clip,
+            refresh_from=refresh_from,
             model=model,
             args=args,
             data_collator=collate,
@@ -103,7 +112,7 @@ class LowMemTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             self.optimizer = self.optimizer_of(self.trained_model if model is None else model)
-        return self.optimizer
+        return super().create_optimizer(model)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

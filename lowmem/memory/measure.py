@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowmem.memory.allocator import AllocatorMeter, CudaAllocator
 from lowmem.memory.ledger import Phase
@@ -59,6 +59,10 @@ class TrackedMeter:
         self._tracker: ByteTracker | None = None
         self._readings: list[Reading] = []
         self._warnings: set[str] = set()
+        # Before any other hook: an optimizer may use and free a gradient as soon as it is there.
+        for param in model.parameters():
+            if param.requires_grad:
+                param.register_post_accumulate_grad_hook(self._landed)
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -74,6 +78,10 @@ class TrackedMeter:
             self._tracker = None
         self._readings.append(self._reading(tracker))
         self._warnings |= tracker.uncounted
+
+    def _landed(self, param: Tensor) -> None:
+        if self._tracker is not None:
+            self._tracker.note_gradient(param)
 
     def _new_tracker(self) -> ByteTracker:
         return ByteTracker(lambda: owned_tensors(self._model, self._optimizer))

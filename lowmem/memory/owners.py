@@ -27,6 +27,8 @@ def owned_tensors(
         if param.grad is not None:
             yield "gradients", param.grad, f"gradient of {name}"
     if optimizer is not None:
+        for param, projected in getattr(optimizer, "projected", {}).items():
+            yield "gradients", projected, f"projected gradient of {names.get(param, 'a parameter')}"
         for owner, state in optimizer.state.items():
             for tensor, slot in _tensors_in(state):
                 yield "optimizer_state", tensor, f"{slot} of {names.get(owner, 'the optimizer')}".lstrip()

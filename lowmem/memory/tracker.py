@@ -107,6 +107,11 @@ class ByteTracker(TorchDispatchMode):
         """Say where the work from now on happens, for `fullest().place`."""
         self.ledger.at(self._phase, place)
 
+    def note_gradient(self, param: Tensor) -> None:
+        """`param.grad` has just landed, and may be gone by the end of the phase."""
+        if param.grad is not None:
+            self._see(param.grad, born=True, part="gradients")
+
     def __enter__(self) -> ByteTracker:
         self._ask_owners(born=False)
         self._plain_resize = torch.UntypedStorage.resize_

@@ -139,7 +139,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         projected, grad = self.projected.pop(param, None), param.grad
         if param.numel() == 0 or (grad is None and projected is None):
             return
-        rule = self._rule(param, group)
+        rule = self.rule_of(param, group)
         stored = self._stored(param, group, rule)
         ctx = self._next_context(param, group)
         lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
@@ -154,8 +154,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         assert grad is not None
         if grad.is_sparse:
             raise ValueError("sparse gradients are not supported; use torch.nn.Embedding(sparse=False)")
-        if rule.needs_refresh(ctx):
-            whole.save_(rule.refresh(grad, whole, ctx), self._rounding(param, group, ctx, "refresh"))
+        self._refresh(param, group, rule, whole, ctx)
         exact = rounding is None or param.dtype in (torch.float32, torch.float64)
         if exact and step_with_torch_(
             rule, param, grad, stored, step=ctx.step, lr=lr, weight_decay=weight_decay
@@ -173,27 +172,48 @@ class LowMemOptimizer(torch.optim.Optimizer):
             state.save_(changed, rounding)
 
     @torch.no_grad()
-    def project_grad_(self, param: Tensor, group: dict[str, Any]) -> bool:
-        """Add `.grad`, projected, to `projected[param]` and free it; False for a rule that needs it whole.
+    def project_grad_(
+        self, param: Tensor, group: dict[str, Any], *, dtype: torch.dtype | None = None
+    ) -> None:
+        """Add `.grad`, projected, to `projected[param]` and free it; for a rule that `is_projected`.
 
-        The first gradient of a step refreshes the basis where one is due.
+        The first gradient of a step refreshes the basis where one is due. `dtype` is that of a new
+        `projected[param]`, by default the group's `accumulator`.
         """
-        rule, grad = self._rule(param, group), param.grad
-        if not rule.is_projected or grad is None or param.numel() == 0:
-            return False
-        stored = self._stored(param, group, rule)
-        ctx = self.coming_context(param, group)
-        slots = rule.slots(tuple(param.shape))
-        whole = LoadedState(stored, self._codecs(param, group, rule), slots, WHOLE)
-        if param not in self.projected and rule.needs_refresh(ctx):
-            whole.save_(rule.refresh(grad, whole, ctx), self._rounding(param, group, ctx, "refresh"))
+        grad = param.grad
+        if grad is None or param.numel() == 0:
+            return
+        rule, whole = self.rule_of(param, group), self._loaded(param, group)
+        if param not in self.projected:
+            self._refresh(param, group, rule, whole, self.coming_context(param, group))
         projected = rule.project(grad, whole)
         param.grad = None
         if param in self.projected:
             self.projected[param].add_(projected)
         else:
-            self.projected[param] = projected.to(accumulator_dtype(group["accumulator"], param.dtype))
-        return True
+            self.projected[param] = projected.to(
+                dtype or accumulator_dtype(group["accumulator"], param.dtype)
+            )
+
+    @torch.no_grad()
+    def refresh_basis_(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Refresh what is due for the coming update from `.grad` as it is now, and not again at that update."""
+        ctx = self.coming_context(param, group)
+        self._refresh(param, group, self.rule_of(param, group), self._loaded(param, group), ctx)
+
+    def _refresh(
+        self, param: Tensor, group: dict[str, Any], rule: Rule, whole: LoadedState, ctx: Context
+    ) -> None:
+        if rule.needs_refresh(ctx) and self._refreshed.get(param) != ctx.step:
+            assert param.grad is not None
+            whole.save_(rule.refresh(param.grad, whole, ctx), self._rounding(param, group, ctx, "refresh"))
+            self._refreshed[param] = ctx.step
+
+    def _loaded(self, param: Tensor, group: dict[str, Any]) -> LoadedState:
+        """The whole state of a parameter, made where there is none yet."""
+        rule = self.rule_of(param, group)
+        slots = rule.slots(tuple(param.shape))
+        return LoadedState(self._stored(param, group, rule), self._codecs(param, group, rule), slots, WHOLE)
 
     def skip_next_step(self) -> None:
         """Let the next `step()` leave everything as it is: its gradients are of no use."""
@@ -242,11 +262,12 @@ class LowMemOptimizer(torch.optim.Optimizer):
         self._steps: dict[Tensor, int] = {}
         self._known: dict[Tensor, set[str]] = {}
         self._places: dict[Tensor, tuple[str, int, int]] = {}
+        self._refreshed: dict[Tensor, int] = {}
         self._skips = False
         self.projected: dict[Tensor, Tensor] = {}
         """Gradients of the step under way in the rule's subspace; their parameters hold no `.grad`."""
 
-    def _rule(self, param: Tensor, group: dict[str, Any]) -> Rule:
+    def rule_of(self, param: Tensor, group: dict[str, Any]) -> Rule:
         return registry.optimizer_class(group["algorithm"]).rule(group, tuple(param.shape))
 
     def _rounding(

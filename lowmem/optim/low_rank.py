@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -90,6 +91,10 @@ class LowRank(Rule):
         if G.dim() == 2:
             return matmul_transposed_fp32(G, P)
         return torch.stack([matmul_transposed_fp32(G_e, P_e) for G_e, P_e in zip(G, P, strict=True)])
+
+    def projected_numel(self, shape: Shape) -> int:
+        *batch, rows, columns = shape
+        return math.prod(batch) * self.rank * max(rows, columns)
 
     def update_projected(
         self, projected: Tensor, shape: Shape, state: State, ctx: Context

@@ -124,6 +124,10 @@ class Rule:
         """What `update` needs of the gradient: float32, linear in `grad`, so micro-batches may be added up."""
         raise NotImplementedError(f"{type(self).__name__} needs the whole gradient")
 
+    def projected_numel(self, shape: Shape) -> int:
+        """How many values `project` gives for a gradient of `shape`."""
+        raise NotImplementedError(f"{type(self).__name__} needs the whole gradient")
+
     def update_projected(
         self, projected: Tensor, shape: Shape, state: State, ctx: Context
     ) -> tuple[Direction, dict[str, Tensor]]:

@@ -101,6 +101,14 @@ class OptimizerRecipe:
     target: list[str] = key(
         ["attn", "mlp"], "matrix rules treat the linear layers whose module path contains one of these"
     )
+    clip: Literal["applied", "full", "tensor"] = key(
+        "applied",
+        "what train.max_grad_norm limits: the norm of the gradients as the rules use them (projected where they "
+        "are), of the whole gradients, or each parameter's gradient by itself, to its share",
+    )
+    refresh_from: Literal["boundary", "first_micro_batch"] = key(
+        "boundary", "whose gradient a basis that is due is fitted to; the first basis comes from the first micro-batch"
+    )
     fallback: dict[str, Any] | None = key(
         None, "another optimizer, {name: ..., its settings}, for embeddings, head, norms and biases"
     )
@@ -139,6 +147,11 @@ class TrainRecipe:
         1.0, "global norm the gradient is clipped to; null for no clipping", above=0
     )
     lr_scheduler: SchedulerRecipe = key(SchedulerRecipe, "learning-rate schedule")
+    execution: Literal["auto", "plain", "project", "fused"] = key(
+        "auto",
+        "plain keeps gradients until the step, project keeps them projected, fused updates in backward; auto takes "
+        "the leanest that can do the accumulation and clipping asked for",
+    )
     activation_checkpointing: bool = key(False, "recompute activations in backward instead of keeping them")
     loss: Literal["chunked", "plain"] = key("chunked", "chunked never holds the whole logits")
     seed: int = key(0, "seed of weights, data order and stochastic rounding", at_least=0)

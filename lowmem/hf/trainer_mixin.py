@@ -1,0 +1,121 @@
+"""lowmem's ways to make a step, in anyone's transformers.Trainer."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.errors import RefusedError
+from lowmem.memory.wording import size
+from lowmem.optim.engine import LowMemOptimizer
+from lowmem.run.choose import (
+    EXECUTIONS,
+    Requested,
+    chosen_mode,
+    consequences,
+    gradient_bytes,
+    situation_of,
+)
+from lowmem.run.execution import (
+    Clip,
+    Execution,
+    Norms,
+    RefreshFrom,
+    refuse_what_frees_gradients_cannot_do,
+)
+from lowmem.run.norms import is_finite
+
+log = logging.getLogger("lowmem")
+
+
+class LowMemTrainerMixin:
+    """Put before a Trainer: `class MyTrainer(LowMemTrainerMixin, SFTTrainer)`, with an optimizer of lowmem's.
+
+        MyTrainer(..., optimizer_cls_and_kwargs=lowmem.hf.optimizer("galore", lr=1e-4, rank=256), execution="project")
+
+    Gradient accumulation, `max_grad_norm`, schedulers and resume work in every execution; the loss and the logged
+    gradient norm stay the Trainer's. `clip` says what `max_grad_norm` limits: the norm of what the rules use
+    (`applied`, projected gradients where there are any), of the whole gradients (`full`), or each parameter's
+    gradient by itself (`tensor`). A step whose gradients are not finite is left out and counted.
+
+    Raises RefusedError when training begins with a combination that cannot work.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        execution: Requested = "auto",
+        clip: Clip = "applied",
+        refresh_from: RefreshFrom = "boundary",
+        **kwargs: Any,
+    ):
+        self.requested_execution: Requested = execution
+        self.clip: Clip = clip
+        self.refresh_from: RefreshFrom = refresh_from
+        self.execution: Execution | None = None
+        self.norms = Norms(None, None)
+        self.skipped_steps = 0
+        self.execution_summary = "execution: plain"
+        self._is_first_micro_batch = True
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)  # type: ignore[misc]
+        if self.execution is None:
+            trained: nn.Module = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+            self.execution = self._begin_execution(optimizer, trained)
+        return optimizer
+
+    def _begin_execution(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> Execution | None:
+        if not isinstance(optimizer, LowMemOptimizer):
+            if self.requested_execution in ("auto", "plain"):
+                return None
+            raise RefusedError(
+                f"train.execution: {self.requested_execution} needs an optimizer of lowmem's, and this one is "
+                f"{type(optimizer).__name__}. Use lowmem.hf.optimizer(...), or train.execution: plain."
+            )
+        args: Any = self.args  # type: ignore[attr-defined]
+        micro_batches = args.gradient_accumulation_steps
+        max_norm = args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else None
+        at = situation_of(optimizer, micro_batches=micro_batches, clip=self.clip, max_norm=max_norm)
+        mode = chosen_mode(self.requested_execution, at)
+        refuse_what_frees_gradients_cannot_do(model, mode)
+        if mode != "plain" and getattr(self.accelerator, "scaler", None) is not None:  # type: ignore[attr-defined]
+            raise RefusedError(
+                f"train.execution: {mode} frees gradients before a GradScaler could unscale them. Train in bfloat16, "
+                "or use train.execution: plain."
+            )
+        nbytes = gradient_bytes(optimizer, mode, micro_batches=micro_batches)
+        self.execution_summary = f"execution: {mode}, gradients take {size(nbytes)}: {consequences(mode, at)}"
+        log.info(self.execution_summary)
+        execution = EXECUTIONS[mode](
+            optimizer, clip=self.clip, max_norm=max_norm, refresh_from=self.refresh_from
+        )
+        execution.attach(model)
+        return execution
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        is_last: bool = self.accelerator.sync_gradients  # type: ignore[attr-defined]
+        if self.execution is not None:
+            self.execution.begin_micro_batch(is_first=self._is_first_micro_batch, is_last=is_last)
+        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        self._is_first_micro_batch = is_last
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self.execution is None:
+            return super()._clip_grad_norm(model)  # type: ignore[misc]
+        return None  # `_get_grad_norm` comes next in every case
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if self.execution is None:
+            return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        self.norms = self.execution.finish_backward()
+        norm = self.norms.applied
+        if norm is not None and not is_finite(norm):
+            self.skipped_steps += 1
+            self.execution.optimizer.skip_next_step()
+        return norm

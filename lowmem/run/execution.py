@@ -1,0 +1,201 @@
+"""How a step happens while its gradients arrive: what the backward hooks do, and what is left for the boundary.
+
+    plain     gradients stay until the boundary
+    project   the gradient of a matrix with a low-rank rule is projected as it arrives and freed
+    fused     each parameter is updated as its gradient arrives, and the gradient is freed
+
+A Trainer tells where it is:
+
+    execution.begin_micro_batch(is_first, is_last)      before each forward
+    norms = execution.finish_backward()                 at the boundary, before optimizer.step()
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lowmem.errors import RefusedError
+from lowmem.optim.engine import LowMemOptimizer
+from lowmem.run.norms import clip_each_, clip_to_, norm_of
+
+Mode = Literal["plain", "project", "fused"]
+Clip = Literal["applied", "full", "tensor"]
+RefreshFrom = Literal["boundary", "first_micro_batch"]
+
+_IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Norms of a step's gradients; None where it cannot be known, never 0."""
+
+    applied: Tensor | None
+    """Of what the rules use: projected gradients, and whole ones where there is no projection."""
+    full: Tensor | None
+    """Of the whole gradients."""
+
+
+class Execution:
+    """One way to make steps of `optimizer`, which must be the model's only one.
+
+    max_norm: what the norm of `clip` is clipped to, None for no clipping. With `tensor` every gradient is
+    clipped by itself, to its share. refresh_from: whether a basis that is due is fitted to the step's whole
+    gradient, or to that of its first micro-batch; a parameter's first basis always comes from the latter.
+    """
+
+    mode: Mode = "plain"
+    frees_gradients = False
+    """Then the matrices leave the reducer of data parallel training, which would write gradients back."""
+
+    def __init__(
+        self,
+        optimizer: LowMemOptimizer,
+        *,
+        clip: Clip = "applied",
+        max_norm: float | None = None,
+        refresh_from: RefreshFrom = "boundary",
+    ):
+        self.optimizer = optimizer
+        self.clip, self.max_norm, self.refresh_from = clip, max_norm, refresh_from
+        # By number: loading a state puts other groups in the place of these.
+        self._groups = {
+            param: number for number, group in enumerate(optimizer.param_groups) for param in group["params"]
+        }
+        self._total_numel = sum(param.numel() for param in self._groups)
+        self._handles: list[Any] = []
+        self._is_first = self._is_last = True
+        self._is_boundary_only = True
+        self._full_squares: Tensor | None = None
+        self._processes = _world_size()
+
+    # ---------------------------------------------------------------- what a Trainer calls
+
+    def attach(self, model: nn.Module) -> None:
+        """Hook the trained parameters; before the model is wrapped for data parallel training."""
+        mine = [param for param in self._groups if param.requires_grad and self.handles(param)]
+        self._handles = [param.register_post_accumulate_grad_hook(self._on_gradient) for param in mine]
+        if mine and self.frees_gradients and self._processes > 1:
+            names = {param: name for name, param in model.named_parameters()}
+            ignored = set(getattr(model, _IGNORED_BY_DDP, ())) | {names[param] for param in mine}
+            setattr(model, _IGNORED_BY_DDP, ignored)
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def begin_micro_batch(self, *, is_first: bool, is_last: bool) -> None:
+        self._is_first, self._is_last = is_first, is_last
+        if is_first:
+            self._full_squares = None
+            self._is_boundary_only = is_last
+
+    @torch.no_grad()
+    def finish_backward(self) -> Norms:
+        """Reduce over processes, clip, and give the norms; to be called once, before `optimizer.step()`."""
+        self._reduce_projected()
+        full = self._full_norm()
+        if self._clips_applied():
+            self._project_rest()
+        applied = self._held()
+        norm = norm_of(applied) if applied else None
+        if self.max_norm is not None:
+            if self.clip == "tensor":
+                self._clip_each()
+            else:
+                reference = full if self.clip == "full" else norm
+                assert reference is not None, "a norm that cannot be known was asked for"
+                clip_to_(applied, reference, self.max_norm)
+        return Norms(norm, full)
+
+    # ---------------------------------------------------------------- what the ways differ in
+
+    def handles(self, param: Tensor) -> bool:
+        """Whether this way does something with `param`'s gradient before the boundary."""
+        return self.is_projected(param)
+
+    def on_gradient(self, param: Tensor) -> None:
+        """The gradient of a micro-batch has been added to `param.grad`."""
+        if self._refreshes_from_this_micro_batch(param):
+            self._reduce(param.grad)
+            self.optimizer.refresh_basis_(param, self.group_of(param))
+
+    # ---------------------------------------------------------------- shared pieces
+
+    def group_of(self, param: Tensor) -> dict[str, Any]:
+        return self.optimizer.param_groups[self._groups[param]]
+
+    def is_projected(self, param: Tensor) -> bool:
+        return self.optimizer.rule_of(param, self.group_of(param)).is_projected
+
+    def _on_gradient(self, param: Tensor) -> None:
+        with torch.no_grad():
+            self.on_gradient(param)
+
+    def _refreshes_from_this_micro_batch(self, param: Tensor) -> bool:
+        """Whether a basis is due that comes from the first micro-batch and not from the whole step's gradient."""
+        if not self._is_first or self._is_boundary_only:
+            return False
+        ctx = self.optimizer.coming_context(param, self.group_of(param))
+        is_due = self.optimizer.rule_of(param, self.group_of(param)).refresh_is_due(ctx)
+        return is_due and (ctx.step == 1 or self.refresh_from == "first_micro_batch")
+
+    def _waits_for_whole_gradient(self, param: Tensor) -> bool:
+        """Whether a basis is due that comes from the whole step's gradient, which is not there yet."""
+        ctx = self.optimizer.coming_context(param, self.group_of(param))
+        is_due = self.optimizer.rule_of(param, self.group_of(param)).refresh_is_due(ctx)
+        return is_due and ctx.step > 1 and self.refresh_from == "boundary" and not self._is_last
+
+    def _clips_applied(self) -> bool:
+        return self.clip in ("applied", "tensor") and self.max_norm is not None
+
+    def _project_rest(self) -> None:
+        """Project what arrived whole, so that its norm is that of what is applied."""
+        for param in self._groups:
+            if param.grad is not None and self.is_projected(param):
+                self.optimizer.project_grad_(param, self.group_of(param), dtype=torch.float32)
+
+    def _held(self) -> list[Tensor]:
+        whole = [param.grad for param in self._groups if param.grad is not None]
+        return [*self.optimizer.projected.values(), *whole]
+
+    def _full_norm(self) -> Tensor | None:
+        if not self.optimizer.projected:
+            held = self._held()
+            return norm_of(held) if held else None
+        return None
+
+    def _clip_each(self) -> None:
+        assert self.max_norm is not None
+        for param in self._groups:
+            held = self.optimizer.projected.get(param, param.grad)
+            if held is not None:
+                clip_each_(held, self.max_norm, param.numel(), self._total_numel)
+
+    def _reduce_projected(self) -> None:
+        for projected in self.optimizer.projected.values():
+            self._reduce(projected)
+
+    def _reduce(self, tensor: Tensor | None) -> None:
+        """Average over the processes of data parallel training."""
+        if tensor is not None and self._processes > 1:
+            dist.all_reduce(tensor)
+            tensor.div_(self._processes)
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def refuse_what_frees_gradients_cannot_do(model: nn.Module, mode: Mode) -> None:
+    """Raise RefusedError for a model that holds all gradients at once whatever the hooks do."""
+    if mode != "plain" and hasattr(model, "_orig_mod"):
+        raise RefusedError(
+            f"train.execution: {mode} frees each gradient as it arrives, and a model compiled as a whole makes "
+            "all of them at once. Compile the layers one by one, or use train.execution: plain."
+        )

@@ -1,0 +1,41 @@
+"""Update inside backward: each parameter is stepped as its gradient is complete, and the gradient is freed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowmem.run.execution import Execution, Mode, Norms
+from lowmem.run.norms import clip_each_
+
+
+class FusedBackward(Execution):
+    """One gradient at a time is alive, through the same `step_param` as at the boundary: the same bits.
+
+    With several micro-batches gradients are added up as usual until the last one, in which each is used and
+    freed. No norm of all gradients is ever known, so only `clip: tensor` clips.
+    """
+
+    mode: Mode = "fused"
+    frees_gradients = True
+
+    def handles(self, param: Tensor) -> bool:
+        return True
+
+    def on_gradient(self, param: Tensor) -> None:
+        super().on_gradient(param)
+        if not self._is_last:
+            return
+        group = self.group_of(param)
+        self._reduce(param.grad)
+        if self.is_projected(param):
+            self.optimizer.project_grad_(param, group, dtype=torch.float32)
+        if self.max_norm is not None:
+            held = self.optimizer.projected.get(param, param.grad)
+            assert held is not None
+            clip_each_(held, self.max_norm, param.numel(), self._total_numel)
+        self.optimizer.step_param(param, group)
+        param.grad = None
+
+    def finish_backward(self) -> Norms:
+        return Norms(None, None)
