@@ -34,7 +34,11 @@ def measure_operators(*, on_cuda: bool, small: bool) -> Iterator[dict[str, Any]]
 
     Rows of cuBLAS are what the first products of a process keep for good, so they come first.
     """
-    yield from _kept_by_cublas() if on_cuda else []
+    if on_cuda:
+        try:
+            yield from _kept_by_cublas()
+        except Exception as error:
+            yield {"operator": "first product of a process", "what": "", "reason": _explained(error)}
     for operator in operators(small=small):
         row: dict[str, Any] = {"operator": operator.name, "what": operator.what, "kept_bytes": None}
         try:
@@ -43,7 +47,7 @@ def measure_operators(*, on_cuda: bool, small: bool) -> Iterator[dict[str, Any]]
             if on_cuda:
                 row |= _measured_on_cuda(operator)
         except Exception as error:  # an operator that a build of torch lacks leaves the others their rows
-            row["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            row["reason"] = _explained(error)
         yield row
 
 
@@ -123,6 +127,10 @@ def _kept_by_cublas() -> Iterator[dict[str, Any]]:
             "measured_bytes": kept,
             "kept_bytes": kept,
         }
+
+
+def _explained(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _bytes_of(tensors: tuple[Tensor, ...]) -> int:
