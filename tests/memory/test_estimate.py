@@ -107,7 +107,7 @@ def recipe(
         optimizer=OptimizerRecipe(
             name=optimizer, fallback=fallback, settings={"lr": 1e-4, **(settings or {})}
         ),
-        train=TrainRecipe(**{"max_grad_norm": None, **train}),
+        train=TrainRecipe(**{"max_grad_norm": None, "execution": "plain", **train}),
     )
 
 
