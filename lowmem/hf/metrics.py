@@ -38,6 +38,11 @@ class MetricsFile:
         self.path = path
         self.last_good = last_good
 
+    @property
+    def replacement(self) -> Path:
+        """What `path` will be when rows are removed; a crash may leave it."""
+        return self.path.with_name(self.path.name + ".new")
+
     def rows(self) -> Iterator[dict[str, Value]]:
         """Every complete row. A last line that a crash cut in two is left out."""
         if not self.path.exists():
@@ -100,13 +105,12 @@ class MetricsFile:
         if not self.path.exists():
             return
         lines = [json.dumps(row) + "\n" for row in self.rows() if is_kept(row)]
-        replacement = self.path.with_name(self.path.name + ".new")
         with self._disk_faults_explained():
-            with replacement.open("w", encoding="utf-8") as file:
+            with self.replacement.open("w", encoding="utf-8") as file:
                 file.write("".join(lines))
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(replacement, self.path)
+            os.replace(self.replacement, self.path)
 
     @contextmanager
     def _disk_faults_explained(self) -> Iterator[None]:

@@ -80,19 +80,25 @@ class RunFolder:
         self.metrics.flush_to_disk()  # a checkpoint must not outlive the rows of its steps
         published = self.path / unfinished.name
         publish_folder(unfinished, published)
-        *older, _ = self.checkpoints()[-keep:]
+        self.thin_out_(keep=keep, optimizer_states=optimizer_states)
+        return published
+
+    def thin_out_(self, *, keep: int, optimizer_states: str) -> None:
+        """Take from older checkpoints what is no longer kept. Also ends what a killed process had begun."""
         for folder in self.checkpoints()[:-keep]:
             delete_folder_(folder)
-        if optimizer_states == "newest":
-            for folder in older:
-                drop_optimizer_state_(folder)
-        return published
+        newest = newest_with_optimizer_state(self.checkpoints())
+        if optimizer_states == "newest" and newest is not None:
+            for folder in self.checkpoints():
+                if (step_of(folder) or 0) < (step_of(newest) or 0):
+                    drop_optimizer_state_(folder)
 
     def clear_leftovers_(self) -> None:
         """Remove what a killed process was writing or deleting. Only for who holds the folder's lock."""
         recover_replaced_(self.model)
         shutil.rmtree(self.unfinished, ignore_errors=True)
         shutil.rmtree(self.path / f".{self.model.name}.saving", ignore_errors=True)
+        self.metrics.replacement.unlink(missing_ok=True)
         for folder in self.path.glob(f".{CHECKPOINT_PREFIX}*.deleting"):
             shutil.rmtree(folder, ignore_errors=True)
 
