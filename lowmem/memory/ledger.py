@@ -86,6 +86,12 @@ class Ledger:
             self.changes.append((life, -life.nbytes))
             life.alive = False
 
+    def replaced_by(self, life: Life, heir: Life) -> None:
+        """`life` has died right after `heir` was born: the storage was in truth handed over, so it died before."""
+        self.died(life)
+        if len(self.changes) > 1 and self.changes[-2][0] is heir:
+            self.changes[-2:] = reversed(self.changes[-2:])
+
     def at(self, phase: Phase | None, place: str) -> None:
         """What happens from now on happens there."""
         self._places.append((len(self.changes), phase, place))

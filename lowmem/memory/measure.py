@@ -17,6 +17,7 @@ activation checkpointing is `temporary`.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
@@ -50,6 +51,22 @@ class Meter(Protocol):
         """The result so far. Raises ValueError before the first step."""
 
 
+def note_landings(model: nn.Module, meter: TrackedMeter) -> None:
+    """Tell `meter` of each gradient that lands; before any other hook, which may use and free it.
+
+    The hooks do not keep the meter alive: a tensor's hooks are hidden from the garbage collector.
+    """
+    reference = weakref.ref(meter)
+
+    def landed(param: Tensor) -> None:
+        if (alive := reference()) is not None:
+            alive.note_gradient(param)
+
+    for param in model.parameters():
+        if param.requires_grad:
+            param.register_post_accumulate_grad_hook(landed)
+
+
 class TrackedMeter:
     """Counts live tensors exactly, operator by operator: the same bytes on every run. Slow: for a CPU."""
 
@@ -59,10 +76,7 @@ class TrackedMeter:
         self._tracker: ByteTracker | None = None
         self._readings: list[Reading] = []
         self._warnings: set[str] = set()
-        # Before any other hook: an optimizer may use and free a gradient as soon as it is there.
-        for param in model.parameters():
-            if param.requires_grad:
-                param.register_post_accumulate_grad_hook(self._landed)
+        note_landings(model, self)
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -79,7 +93,7 @@ class TrackedMeter:
         self._readings.append(self._reading(tracker))
         self._warnings |= tracker.uncounted
 
-    def _landed(self, param: Tensor) -> None:
+    def note_gradient(self, param: Tensor) -> None:
         if self._tracker is not None:
             self._tracker.note_gradient(param)
 

@@ -116,6 +116,7 @@ class SimulatedMeter(TrackedMeter):
             lambda: owned_tensors(self._model, self._optimizer),
             scratch_bytes=cuda_workspace_bytes if self._on_cuda else None,
             names_makers=True,
+            adds_in_place=self._on_cuda,
         )
         if self._on_cuda:
             tracker.ledger.found(CUBLAS_BYTES, "other", _NOT_A_STORAGE).made_by = "workspace of cuBLAS"

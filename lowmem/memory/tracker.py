@@ -5,11 +5,13 @@ when it is freed. Nothing is kept alive and no value is read, so training is unc
 see is scratch memory inside one operator (a workspace of a matrix product, say).
 
 One deviation is PyTorch's: under any dispatch mode autograd adds up the gradients of a tensor that was
-used several times out of place, so such a sum takes one buffer more for a moment than without.
+used several times out of place, so such a sum takes one buffer more for a moment than without. A tracker
+that `adds_in_place` writes such sums down as they are made where no mode is on.
 """
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -31,6 +33,13 @@ _ANNOUNCES_A_NEW_TENSOR = torch.ops.aten.lift_fresh.default
 
 _ASKS_FOR_THE_DEVICE = torch.ops.prim.device.default
 """What every `tensor.device` of a fake tensor calls."""
+
+_ADDS = torch.ops.aten.add.Tensor
+_WRAPPERS = ("torch/_compile.py", "torch/_dynamo/eval_frame.py")
+"""Between a mode and who called the operator."""
+
+_ENGINE = torch.autograd.graph._engine_run_backward.__code__
+"""The Python function below which autograd adds up gradients; anyone else's sums have another one above them."""
 
 Owners = Callable[[], Iterable[tuple[Part, Tensor, str]]]
 """Gives (part, tensor, name) of every tensor whose part is certain."""
@@ -65,6 +74,7 @@ class ByteTracker(TorchDispatchMode):
         round_to: int = ALLOCATION_BYTES,
         scratch_bytes: ScratchBytes | None = None,
         names_makers: bool = False,
+        adds_in_place: bool = False,
     ):
         super().__init__()
         self.uncounted: set[str] = set()
@@ -72,6 +82,8 @@ class ByteTracker(TorchDispatchMode):
         self.ledger = Ledger()
         self._scratch_bytes = scratch_bytes
         self._names_makers = names_makers
+        self._adds_in_place = adds_in_place
+        self._sum: Life | None = None  # of the last operator, if autograd would have made it in place
         self._owners = owners
         self._device_type = device_type
         self._round_to = round_to
@@ -145,6 +157,9 @@ class ByteTracker(TorchDispatchMode):
         result = func(*args, **kwargs)
         for tensor in _tensors(result):
             self._see(tensor, born=True, maker=func)
+        self._sum = None
+        if self._adds_in_place and func is _ADDS and _is_own(args[0]) and _called_by_autograd():
+            self._sum = self._living[result.untyped_storage()._cdata][1]
         if self._scratch_bytes is not None and (nbytes := self._scratch_bytes(func, args)):
             self.ledger.died(self.ledger.born(rounded(nbytes, self._round_to), "temporary"))
         return result
@@ -171,8 +186,8 @@ class ByteTracker(TorchDispatchMode):
                 self._note_size(storage)
             if part is not None and entry[1].part not in _CERTAIN:
                 entry[1].part = part
-                if self._names_makers and name:
-                    entry[1].made_by = _described(name, tensor)
+            if self._names_makers and name:
+                entry[1].made_by = _described(name, tensor)
 
     def _register(
         self, storage: torch.UntypedStorage, key: int, born: bool
@@ -189,7 +204,11 @@ class ByteTracker(TorchDispatchMode):
 
     def _freed(self, key: int, life: Life, _: weakref.ref[torch.UntypedStorage]) -> None:
         self._living.pop(key, None)
-        self.ledger.died(life)
+        if self._sum is not None:
+            self.ledger.replaced_by(life, self._sum)
+            self._sum = None
+        else:
+            self.ledger.died(life)
 
     def _note_size(self, storage: torch.UntypedStorage) -> None:
         entry = self._living.get(storage._cdata)
@@ -211,6 +230,19 @@ class ByteTracker(TorchDispatchMode):
             if life.alive and life.part not in _CERTAIN:
                 life.part = part
         self._undecided = []
+
+
+def _called_by_autograd() -> bool:
+    """Whether autograd's engine called the operator itself; any Python code in between is someone else's."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.endswith(_WRAPPERS):
+        frame = frame.f_back
+    return frame.f_code is _ENGINE
+
+
+def _is_own(tensor: Tensor) -> bool:
+    """Whether autograd may add to `tensor` in place: a view's memory is held by its base too."""
+    return not tensor._is_view() and tensor.is_contiguous()
 
 
 def _described(name: str, tensor: Tensor) -> str:

@@ -12,6 +12,8 @@ A Trainer tells where it is:
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -78,7 +80,8 @@ class Execution:
     def attach(self, model: nn.Module) -> None:
         """Hook the trained parameters; before the model is wrapped for data parallel training."""
         mine = [param for param in self._groups if param.requires_grad and self.handles(param)]
-        self._handles = [param.register_post_accumulate_grad_hook(self._on_gradient) for param in mine]
+        hook = weakly(self._on_gradient)
+        self._handles = [param.register_post_accumulate_grad_hook(hook) for param in mine]
         if mine and self.frees_gradients and self._processes > 1:
             names = {param: name for name, param in model.named_parameters()}
             ignored = set(getattr(model, _IGNORED_BY_DDP, ())) | {names[param] for param in mine}
@@ -186,6 +189,17 @@ class Execution:
         if tensor is not None and self._processes > 1:
             dist.all_reduce(tensor)
             tensor.div_(self._processes)
+
+
+def weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """A hook that does not keep its object alive: a tensor's hooks are hidden from the garbage collector."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(param: Tensor) -> None:
+        if (alive := reference()) is not None:
+            alive(param)
+
+    return hook
 
 
 def _world_size() -> int:

@@ -142,6 +142,8 @@ def test_a_dump_is_plain_yaml_in_the_layout_of_a_recipe() -> None:
         "lr": 1e-3,
         "rank": 8,
         "target": ["attn", "mlp"],
+        "clip": "applied",
+        "refresh_from": "boundary",
         "fallback": {"name": "adamw"},
     }
     assert document["data"]["train"] == {"builtin": "arithmetic"}
