@@ -3,72 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
-from lowmem.errors import RefusedError
 from lowmem.optim.engine import LowMemOptimizer, accumulator_dtype
+from lowmem.recipe.execution_choice import Clip, Mode, Requested, Situation, chosen_mode, objection
 from lowmem.run.accumulate import ProjectInBackward
-from lowmem.run.execution import Clip, Execution, Mode
+from lowmem.run.execution import Execution
 from lowmem.run.fused_backward import FusedBackward
 
-Requested = Literal["auto", "plain", "project", "fused"]
+__all__ = [
+    "EXECUTIONS",
+    "Requested",
+    "Situation",
+    "chosen_mode",
+    "consequences",
+    "gradient_bytes",
+    "objection",
+    "situation_of",
+]
 
 EXECUTIONS: dict[Mode, Callable[..., Execution]] = {
     "plain": Execution,
     "project": ProjectInBackward,
     "fused": FusedBackward,
 }
-
-
-@dataclass(frozen=True)
-class Situation:
-    """What the choice depends on."""
-
-    is_projected: bool
-    """Whether some parameter has a low-rank rule that sees its gradient through a projection only."""
-    micro_batches: int
-    clip: Clip
-    clips: bool
-
-    @property
-    def clips_globally(self) -> bool:
-        return self.clips and self.clip != "tensor"
-
-
-def objection(mode: Mode, at: Situation) -> str | None:
-    """Why `mode` cannot give what is asked for, and the nearest settings that do; None where it can."""
-    if mode == "fused" and at.clips_globally:
-        return (
-            "train.execution: fused updates each parameter before the norm of all gradients is known, so "
-            "train.max_grad_norm cannot clip by it. Use optimizer.clip: tensor, train.max_grad_norm: null, or "
-            f"train.execution: {'project' if at.is_projected else 'plain'}."
-        )
-    if mode == "project" and not at.is_projected:
-        return (
-            "train.execution: project needs an optimizer that projects gradients, such as galore. Use "
-            "train.execution: fused or plain."
-        )
-    if mode == "project" and at.clips and at.clip == "full" and at.micro_batches > 1:
-        return (
-            "optimizer.clip: full needs the norm of the whole step's gradient, which train.execution: project never "
-            "holds over several micro-batches. Use optimizer.clip: applied or tensor, or train.execution: plain."
-        )
-    return None
-
-
-def chosen_mode(requested: Requested, at: Situation) -> Mode:
-    """auto: fused for one micro-batch a step without global clipping, else project where it can be, else plain.
-
-    Raises RefusedError for a way that was asked for by name and cannot give what is asked for.
-    """
-    if requested != "auto":
-        if (reason := objection(requested, at)) is not None:
-            raise RefusedError(reason)
-        return requested
-    if at.micro_batches == 1 and objection("fused", at) is None:
-        return "fused"
-    return "project" if objection("project", at) is None else "plain"
 
 
 def situation_of(
