@@ -84,7 +84,7 @@ def _plan_by_simulation(recipe: Recipe, device: Card | None, full_rows: bool) ->
         changes: list[Change] = []
     else:
         baselines = _baselines(recipe, architecture, full_rows)
-        changes = _changes(recipe, architecture, device, planned)
+        changes = _changes(recipe, architecture, device, planned, full_rows)
     return MemoryPlan(
         plan_document(
             planned,
@@ -119,7 +119,7 @@ def _plan_by_formula(recipe: Recipe, device: Card | None, full_rows: bool) -> Me
             card=device,
             baselines=_baselines(recipe, architecture, full_rows),
             checkpoint=None,
-            changes=_changes(recipe, architecture, device, planned),
+            changes=_changes(recipe, architecture, device, planned, full_rows),
             notes=[],
         )
     )
@@ -133,11 +133,17 @@ def _baselines(recipe: Recipe, architecture: Architecture, full_rows: bool) -> d
 
 
 def _changes(
-    recipe: Recipe, architecture: Architecture, device: Card | None, planned: Measured
+    recipe: Recipe, architecture: Architecture, device: Card | None, planned: Measured, full_rows: bool
 ) -> list[Change]:
     if device is None or planned.reserved_bytes is None or fits(planned.reserved_bytes, device.memory_bytes):
         return []
-    return changes_that_fit(recipe, architecture, device.memory_bytes)
+    return changes_that_fit(
+        recipe,
+        architecture,
+        device.memory_bytes,
+        masked=not full_rows,
+        planned_reserved_bytes=planned.reserved_bytes,
+    )
 
 
 def _measured(found: Estimate) -> Measured:

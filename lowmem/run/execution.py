@@ -79,7 +79,12 @@ class Execution:
 
     def attach(self, model: nn.Module) -> None:
         """Hook the trained parameters; before the model is wrapped for data parallel training."""
-        mine = [param for param in self._groups if param.requires_grad and self.handles(param)]
+        trained = [param for param in self._groups if param.requires_grad]
+        mine = [param for param in trained if self.handles(param)]
+        if self.frees_gradients and self._processes > 1 and len(mine) == len(trained):
+            # A reducer refuses to have nothing to reduce: it keeps the smallest, which is stepped at the boundary.
+            smallest = min(mine, key=lambda param: param.numel())
+            mine = [param for param in mine if param is not smallest]
         hook = weakly(self._on_gradient)
         self._handles = [param.register_post_accumulate_grad_hook(hook) for param in mine]
         if mine and self.frees_gradients and self._processes > 1:

@@ -30,12 +30,18 @@ class FusedBackward(Execution):
         self._reduce(param.grad)
         if self.is_projected(param):
             self.optimizer.project_grad_(param, group, dtype=torch.float32)
-        if self.max_norm is not None:
-            held = self.optimizer.projected.get(param, param.grad)
-            assert held is not None
-            clip_each_(held, self.max_norm, param.numel(), self._total_numel)
+        self._clip_one(param)
         self.optimizer.step_param(param, group)
         param.grad = None
 
     def finish_backward(self) -> Norms:
+        """Nothing is left but what the reducer of data parallel training has kept."""
+        for param in self._groups:
+            if param.grad is not None:
+                self._clip_one(param)
         return Norms(None, None)
+
+    def _clip_one(self, param: Tensor) -> None:
+        held = self.optimizer.projected.get(param, param.grad)
+        if self.max_norm is not None and held is not None:
+            clip_each_(held, self.max_norm, param.numel(), self._total_numel)

@@ -1,0 +1,106 @@
+"""Every way to make a step under data parallel training, against one process that sees all rows."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
+from torch.nn.parallel import DistributedDataParallel
+
+from lowmem.memory.measure import TrackedMeter
+from lowmem.optim import build_optimizer
+from tests.run.test_execution import GALORE, Net, batches, execution_for, net, optimizer_for, train
+
+WORLD = 2
+COMBINATIONS = [
+    (mode, case, micro_batches, clip)
+    for case in (GALORE, ("adamw", {}), ("sgd_sai", {}))
+    for mode in ("plain", "project", "fused")
+    for micro_batches in (1, 3)
+    for clip in (None, "applied", "tensor")
+    if not (mode == "project" and case is not GALORE) and not (mode == "fused" and clip == "applied")
+]
+
+
+def halves(step: list[torch.Tensor], rank: int) -> list[torch.Tensor]:
+    return [ids[rank::WORLD] for ids in step]
+
+
+def trained(combination, wrap, data):
+    mode, case, micro_batches, clip = combination
+    model = net()
+    optimizer = optimizer_for(case, model)
+    settings = {} if clip is None else {"clip": clip, "max_norm": 0.05}
+    execution = execution_for(mode, optimizer, model, **settings)
+    return train(wrap(model), optimizer, execution, data(batches(12, micro_batches)))
+
+
+def gradient_bytes_held(mode: str, rank: int) -> int:
+    torch.manual_seed(0)
+    model = Net(depth=12, width=64)
+    meter = TrackedMeter(model)
+    optimizer = build_optimizer(model, "galore", lr=1e-3, rank=4, target=["mlp"])
+    meter.watch(optimizer)
+    execution = execution_for(mode, optimizer, model)
+    wrapped = DistributedDataParallel(model)
+    for step in batches(2, 1):
+        with meter.step():
+            execution.begin_micro_batch(is_first=True, is_last=True)
+            with meter.phase("forward"):
+                loss = wrapped(halves(step, rank)[0])
+            with meter.phase("backward"):
+                loss.backward()
+            with meter.phase("optimizer"):
+                execution.finish_backward()
+                optimizer.step()
+            model.zero_grad()
+    return meter.measured().parts["gradients"]
+
+
+def work(rank: int, port: int, out: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    try:
+        found = {
+            str(combination): trained(
+                combination, DistributedDataParallel, lambda data: [halves(step, rank) for step in data]
+            )
+            for combination in COMBINATIONS
+        }
+        held = {mode: gradient_bytes_held(mode, rank) for mode in ("project", "fused")}
+        Path(out, f"{rank}.pickle").write_bytes(pickle.dumps((found, held)))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What two processes have trained, all combinations in one start."""
+    out = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes.spawn(work, args=(port, str(out)), nprocs=WORLD)
+    return [pickle.loads((out / f"{rank}.pickle").read_bytes()) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=str)
+def test_two_processes_make_the_steps_of_one(ranks, combination):
+    alone = trained(combination, lambda model: model, lambda data: data)
+    zero, one = (found[str(combination)] for found, _ in ranks)
+    assert all(torch.equal(a, b) for a, b in zip(zero, one, strict=True)), "the processes agree to the bit"
+    assert max((a - b).abs().max().item() for a, b in zip(zero, alone, strict=True)) < 2e-5
+
+
+def test_the_reducer_gives_no_freed_gradient_back(ranks):
+    matrix, others = 64 * 128 * 4, 11 * 64 * 4 + 12 * (2 * 64 + 128) * 4
+    for _, held in ranks:
+        assert held["fused"] <= matrix + 512 * 4
+        assert held["project"] <= 24 * 4 * 128 * 4 + others + matrix + 512 * 100
