@@ -308,24 +308,27 @@ class LowMemTrainer(LowMemTrainerMixin, Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
+        has_state = has_optimizer_state(Path(checkpoint))
         with checkpoint_faults_explained(Path(checkpoint)):
-            if has_optimizer_state(Path(checkpoint)):
+            if has_state:
                 super()._load_optimizer_and_scheduler(checkpoint)
-            else:
-                self._advance_schedule_(step_of(Path(checkpoint)) or 0)
             interval = read_interval(Path(checkpoint))
+        if not has_state:
+            self._advance_schedule_(step_of(Path(checkpoint)) or 0)
         self._interval_loss.fill_(interval.loss)
         self._interval_steps = interval.steps
 
     def _advance_schedule_(self, step: int) -> None:
         """Put the schedule where it was after `step`, without the files of an older checkpoint."""
-        assert self.lr_scheduler is not None
+        scheduler = self.lr_scheduler
+        assert isinstance(scheduler, LambdaLR)
         position = {"last_epoch": step, "_step_count": step + 1}
-        self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **position})
-        rates = self.lr_scheduler.get_lr()
-        for group, rate in zip(self.lr_scheduler.optimizer.param_groups, rates, strict=True):
+        rates = [
+            base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        scheduler.load_state_dict({**scheduler.state_dict(), **position, "_last_lr": rates})
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        self.lr_scheduler._last_lr = list(rates)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with checkpoint_faults_explained(Path(checkpoint or "")):
