@@ -1,7 +1,8 @@
 """Hugging Face models, data and training around the optimizers.
 
-`lowmem.hf.optimizer(name, lr=...)` is what a `transformers.Trainer` script needs. Importing this package
-loads nothing heavy; each part is imported when it is used.
+`lowmem.hf.optimizer(name, lr=...)` is what a `transformers.Trainer` script needs;
+`lowmem.hf.LowMemTrainerMixin` gives its Trainer the ways to make a step that hold fewer gradients. Importing
+this package loads nothing heavy; each part is imported when it is used.
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-__all__ = ["optimizer"]
+_LAZY = {
+    "LowMemTrainerMixin": "lowmem.hf.trainer_mixin",
+    "optimizer": "lowmem.hf.trainer_override",
+}
+__all__ = ["LowMemTrainerMixin", "optimizer"]
 
 
 def __getattr__(name: str) -> Any:
-    if name != "optimizer":
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return import_module("lowmem.hf.trainer_override").optimizer
+    return getattr(import_module(_LAZY[name]), name)

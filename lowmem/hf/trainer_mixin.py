@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.trainer_utils import get_last_checkpoint
 
-from lowmem.errors import RefusedError
+from lowmem.errors import FaultError, RefusedError
 from lowmem.memory.wording import size
 from lowmem.optim.engine import LowMemOptimizer
 from lowmem.run.choose import (
@@ -29,6 +30,9 @@ from lowmem.run.execution import (
 from lowmem.run.norms import is_finite
 
 log = logging.getLogger("lowmem")
+
+TOLERATED_IN_A_ROW = 20
+"""Steps in a row whose gradients may be not finite; one more stops the run."""
 
 
 class LowMemTrainerMixin:
@@ -58,6 +62,7 @@ class LowMemTrainerMixin:
         self.execution: Execution | None = None
         self.norms = Norms(None, None)
         self.skipped_steps = 0
+        self._skipped_in_a_row = 0
         self.execution_summary = "execution: plain"
         self._is_first_micro_batch = True
         super().__init__(*args, **kwargs)
@@ -105,6 +110,14 @@ class LowMemTrainerMixin:
         self._is_first_micro_batch = is_last
         return loss
 
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().compute_loss(*args, **kwargs)  # type: ignore[misc]
+        if self.execution is not None and self.execution.mode == "fused":
+            loss = result[0] if isinstance(result, tuple) else result
+            if not is_finite(loss.detach()):
+                self.execution.drop_micro_batch()
+        return result
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         if self.execution is None:
             return super()._clip_grad_norm(model)  # type: ignore[misc]
@@ -115,7 +128,31 @@ class LowMemTrainerMixin:
             return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
         self.norms = self.execution.finish_backward()
         norm = self.norms.applied
-        if norm is not None and not is_finite(norm):
-            self.skipped_steps += 1
-            self.execution.optimizer.skip_next_step()
+        if self.execution.not_finite or (norm is not None and not is_finite(norm)):
+            self._leave_step_out(self.execution)
+        else:
+            self._skipped_in_a_row = 0
         return norm
+
+    def _says_where_to_go_on(self) -> str:
+        newest = get_last_checkpoint(self.args.output_dir)  # type: ignore[attr-defined]
+        return "There is no checkpoint yet." if newest is None else f"The last checkpoint is {newest}."
+
+    def _leave_step_out(self, execution: Execution) -> None:
+        """Raises FaultError when this has happened too often in a row."""
+        name = execution.first_not_finite()
+        execution.optimizer.skip_next_step()
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        step = self.state.global_step + 1  # type: ignore[attr-defined]
+        what = (
+            "is left out"
+            if execution.mode != "fused"
+            else f"leaves out {len(execution.not_finite)} parameters"
+        )
+        log.warning("step %d %s: the gradient of %s is not finite", step, what, name)
+        if self._skipped_in_a_row > TOLERATED_IN_A_ROW:
+            raise FaultError(
+                f"Gradients of {self._skipped_in_a_row} steps in a row were not finite, at step {step} first that of "
+                f"{name}. Lower optimizer.lr, or look for broken rows in the data. {self._says_where_to_go_on()}"
+            )

@@ -72,6 +72,9 @@ class Execution:
         self._handles: list[Any] = []
         self._is_first = self._is_last = True
         self._is_boundary_only = True
+        self._drops = False
+        self.not_finite: list[Tensor] = []
+        """Parameters whose gradients in this step were not finite and were not used, as far as hooks have seen."""
         self._full_squares: Tensor | None = None
         self._processes = _world_size()
 
@@ -99,9 +102,26 @@ class Execution:
 
     def begin_micro_batch(self, *, is_first: bool, is_last: bool) -> None:
         self._is_first, self._is_last = is_first, is_last
+        self._drops = False
         if is_first:
+            self.not_finite = []
             self._full_squares = None
             self._is_boundary_only = is_last
+
+    def drop_micro_batch(self) -> None:
+        """Free the gradients of the micro-batch under way without using them: its loss is not finite.
+
+        Only a way that uses gradients before the boundary needs this; the others leave out the whole step.
+        """
+        self._drops = True
+
+    def first_not_finite(self) -> str | None:
+        """The name of a parameter whose gradient, held or seen, is not finite."""
+        held = ((param, self.optimizer.projected.get(param, param.grad)) for param in self._groups)
+        broken = (p for p, grad in held if grad is not None and not bool(torch.isfinite(grad).all()))
+        param = next(iter(self.not_finite), None)
+        param = next(broken, None) if param is None else param
+        return None if param is None else self.optimizer.place_of(param)[0]
 
     @torch.no_grad()
     def finish_backward(self) -> Norms:

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from lowmem.run.execution import Execution, Mode, Norms
-from lowmem.run.norms import clip_each_
+from lowmem.run.norms import clip_each_, is_finite
 
 
 class FusedBackward(Execution):
     """One gradient at a time is alive, through the same `step_param` as at the boundary: the same bits.
 
     With several micro-batches gradients are added up as usual until the last one, in which each is used and
-    freed. No norm of all gradients is ever known, so only `clip: tensor` clips.
+    freed. No norm of all gradients is ever known, so only `clip: tensor` clips. A parameter whose gradient is not
+    finite is left as it is and listed in `not_finite`, which asks the device once a parameter.
     """
 
     mode: Mode = "fused"
@@ -28,6 +29,11 @@ class FusedBackward(Execution):
             return
         group = self.group_of(param)
         self._reduce(param.grad)
+        assert param.grad is not None
+        if self._drops or not is_finite(torch.linalg.vector_norm(param.grad, dtype=torch.float32)):
+            self.not_finite.append(param)
+            param.grad = None
+            return
         if self.is_projected(param):
             self.optimizer.project_grad_(param, group, dtype=torch.float32)
         self._clip_one(param)
