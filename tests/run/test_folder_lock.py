@@ -56,13 +56,12 @@ def test_a_killed_process_leaves_a_file_that_blocks_nobody(tmp_path, holder, num
 
 
 def test_a_child_that_outlives_a_killed_run_does_not_keep_its_lock(tmp_path):
-    fork = "import os\nif os.fork() == 0:\n    print(os.getpid(), flush=True)\n    sys.stdin.read()\n    os._exit(0)\n"
-    code = HOLDING.replace("print(", fork + "print(")
+    fork = "import os\nchild = os.fork()\nif child == 0:\n    sys.stdin.read()\n    os._exit(0)\n"
+    code = HOLDING.replace('print("locked"', fork + "print(child")
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
-        lines = [process.stdout.readline(), process.stdout.readline()]
-        child = int(next(line for line in lines if line != "locked\n"))
+        child = int(process.stdout.readline())
         process.kill()
         process.wait()
         os.kill(child, 0)  # it is there
