@@ -24,12 +24,22 @@ class Block:
 
 class Value:
     """A tensor: its elements, their size, the storage behind it (None for weights, which are counted
-    elsewhere) and the node that takes its gradient (None where none is wanted)."""
+    elsewhere) and the node that takes its gradient (None where none is wanted). As a gradient it may be a view,
+    to which autograd never adds in place."""
 
-    __slots__ = ("block", "itemsize", "node", "numel")
+    __slots__ = ("block", "is_view", "itemsize", "node", "numel")
 
-    def __init__(self, numel: int, itemsize: int, block: Block | None, node: Node | None = None):
+    def __init__(
+        self,
+        numel: int,
+        itemsize: int,
+        block: Block | None,
+        node: Node | None = None,
+        *,
+        is_view: bool = False,
+    ):
         self.numel, self.itemsize, self.block, self.node = numel, itemsize, block, node
+        self.is_view = is_view
 
     @property
     def nbytes(self) -> int:
@@ -47,11 +57,14 @@ class Node:
 
 
 class Leaf(Node):
-    """Where gradients end: a weight, or the input of a checkpointed layer. `awaited` are those still to come."""
+    """Where gradients end: the weight of that name, or the input of a checkpointed layer, which has none.
 
-    __slots__ = ("awaited", "is_weight")
+    `awaited` are those still to come.
+    """
 
-    def __init__(self, *, is_weight: bool):
+    __slots__ = ("awaited", "weight")
+
+    def __init__(self, weight: str | None = None):
         super().__init__((), (), None)
-        self.is_weight = is_weight
+        self.weight = weight
         self.awaited = 0

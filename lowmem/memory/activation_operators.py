@@ -53,15 +53,20 @@ class Operators:
     def linear(self, name: str, x: Value, inputs: int, outputs: int, *, bias: bool) -> Value:
         if self.work.adapters is not None:
             return self._adapted(name, x, inputs, outputs, self.work.adapters)
-        weight, terms = self._weight(inputs * outputs), [self._weight(outputs)] if bias else []
-        return self.tape.apply(x.numel // inputs * outputs, x.itemsize, x, weight, *terms, saves=(x,))
+        weight = self._weight(name, inputs * outputs)
+        terms = [self._weight(f"{name}.bias", outputs)] if bias else []
+        return self.tape.apply(
+            x.numel // inputs * outputs, x.itemsize, x, weight, *terms, saves=(x,), gives_views=True
+        )
 
     def _adapted(self, name: str, x: Value, inputs: int, outputs: int, adapters: Adapters) -> Value:
         """x W^T + lora_B(lora_A(x)) * scaling, the second term and the sum in float32."""
         tokens = x.numel // inputs
         expanded = inputs * outputs * x.itemsize if adapters.base_is_4bit else 0
         beside = self.tape.scratch(expanded)
-        out = self.tape.apply(tokens * outputs, x.itemsize, x, remembers=True, scratch=expanded)
+        out = self.tape.apply(
+            tokens * outputs, x.itemsize, x, remembers=True, scratch=expanded, gives_views=True
+        )
         del beside
         if adapters.targets is not None and name not in adapters.targets:
             return out
@@ -71,13 +76,16 @@ class Operators:
             kept = self.tape.new(x.numel, 1 if self.work.on_cuda else 4)
             x = self.like(x, saves=(kept,))
             del kept
-        low = self._product_in_float32(x, inputs, adapters.rank)
-        out = self.add(out, self.scaled(self._product_in_float32(low, adapters.rank, outputs)))
+        low = self._product_in_float32(f"{name}.lora_A", x, inputs, adapters.rank)
+        high = self._product_in_float32(f"{name}.lora_B", low, adapters.rank, outputs)
+        del low
+        out = self.add(out, self.scaled(high))
+        del high
         return self.cast(out, self.work.itemsize)
 
-    def _product_in_float32(self, x: Value, inputs: int, outputs: int) -> Value:
-        weight = self.tape.weight(inputs * outputs, 4)
-        return self.tape.apply(x.numel // inputs * outputs, 4, x, weight, saves=(x,))
+    def _product_in_float32(self, name: str, x: Value, inputs: int, outputs: int) -> Value:
+        weight = self.tape.weight(name, inputs * outputs, 4)
+        return self.tape.apply(x.numel // inputs * outputs, 4, x, weight, saves=(x,), gives_views=True)
 
     def norm(self, x: Value, width: int) -> Value:
         """x / root of its mean square, times a weight, over rows of `width`."""
@@ -98,7 +106,7 @@ class Operators:
         """The weight's gradient is a whole tensor before it is summed over the tokens."""
         if self.work.adapters is not None:
             return self.like(x, remembers=True)
-        return self.like(x, x, self._weight(width), saves=(x,), scratch=x.nbytes)
+        return self.like(x, x, self._weight("norm", width), saves=(x,), scratch=x.nbytes)
 
     def cast(self, x: Value, itemsize: int) -> Value:
         return x if x.itemsize == itemsize else self.tape.apply(x.numel, itemsize, x)
@@ -130,5 +138,5 @@ class Operators:
         """An operator whose result is of the size of `x`; its input is `x` where none is given."""
         return self.tape.apply(x.numel, x.itemsize, *(inputs or (x,)), **saved)
 
-    def _weight(self, numel: int) -> Value:
-        return self.tape.weight(numel, self.work.itemsize)
+    def _weight(self, name: str, numel: int) -> Value:
+        return self.tape.weight(name, numel, self.work.itemsize)

@@ -14,6 +14,7 @@ from lowmem.memory.activation_loss import chunked_loss, plain_loss
 from lowmem.memory.activation_operators import Work
 from lowmem.memory.activation_tape import Tape
 from lowmem.memory.architecture import Architecture
+from lowmem.memory.arrivals import Arrivals
 from lowmem.memory.ledger import PARTS, Part, Phase
 
 
@@ -27,13 +28,48 @@ class Profile:
 
 
 @functools.lru_cache(maxsize=8192)
-def profile(
-    shape: Architecture, work: Work, *, keep_gradients: bool = True, adds_gradients: bool = False
-) -> Profile:
-    """Forward and backward of one micro-batch, the batch itself included. The flags are those of `Tape`."""
-    tape = Tape(keep_gradients=keep_gradients, adds_gradients=adds_gradients)
+def profile(shape: Architecture, work: Work, arrivals: Arrivals) -> Profile:
+    """Forward and backward of one micro-batch, the batch itself included."""
+    return _fullest(_with_arrivals(_tape(shape, work), arrivals), shape.layers)
+
+
+@dataclass(frozen=True)
+class _Account:
+    """What happens to memory, in order."""
+
+    changes: list[tuple[Part, int]]
+    marks: list[tuple[str, int]]
+    """(name, length of `changes` when it was reached)."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _tape(shape: Architecture, work: Work) -> tuple[_Account, list[tuple[str, int]]]:
+    """One micro-batch with gradients given back as they arrive, and when each of them does."""
+    tape = Tape(adds_in_place=work.on_cuda)
     _run(tape, shape, work)
-    return _fullest(tape, shape.layers)
+    account = _Account([(tape.parts[index], nbytes) for index, nbytes in tape.changes], tape.marks)
+    return account, tape.arrivals
+
+
+def _with_arrivals(taped: tuple[_Account, list[tuple[str, int]]], arrivals: Arrivals) -> _Account:
+    """The account with what becomes of each gradient."""
+    account, arrived = taped
+    changes: list[tuple[Part, int]] = []
+    moved = []
+    """(index in the old account, by how much what comes from there on moves)."""
+    start = 0
+    for name, index in arrived:
+        changes += account.changes[start:index]
+        start = index + 1
+        of_gradient = account.changes[index]
+        changes += arrivals.of(name).changes(-of_gradient[1])
+        moved.append((start, len(changes) - start))
+    changes += account.changes[start:]
+    return _Account(changes, [(name, _moved(at, moved)) for name, at in account.marks])
+
+
+def _moved(at: int, moved: list[tuple[int, int]]) -> int:
+    return at + next((by for start, by in reversed(moved) if start <= at), 0)
 
 
 def _run(tape: Tape, shape: Architecture, work: Work) -> None:
@@ -47,8 +83,8 @@ def _run(tape: Tape, shape: Architecture, work: Work) -> None:
 
 def _loss(tape: Tape, shape: Architecture, work: Work) -> Value:
     trained = work.adapters is None
-    table = tape.weight(shape.vocabulary * shape.hidden, work.itemsize, trained=trained)
-    head = table if shape.is_tied else tape.weight(table.numel, work.itemsize, trained=trained)
+    table = tape.weight("embed_tokens", shape.vocabulary * shape.hidden, work.itemsize, trained=trained)
+    head = table if shape.is_tied else tape.weight("lm_head", table.numel, work.itemsize, trained=trained)
     hidden = _hidden(tape, shape, work, table)
     return (chunked_loss if work.chunked_loss else plain_loss)(tape, shape, hidden, head)
 
@@ -58,7 +94,7 @@ def _hidden(tape: Tape, shape: Architecture, work: Work, table: Value) -> Value:
     embeddings = tape.apply(work.rows * work.tokens * shape.hidden, work.itemsize, table)
     if work.adapters is not None:
         # The first layer's input is made to want a gradient, for which the graph holds on to it.
-        embeddings.node = Leaf(is_weight=False)
+        embeddings.node = Leaf()
         embeddings.node.saved = (embeddings.block,)
     elif shape.family.scales_residuals:
         embeddings = tape.apply(embeddings.numel, embeddings.itemsize, embeddings, remembers=True)
@@ -83,8 +119,8 @@ class _Segment:
     fullest: int = 0
 
 
-def _fullest(tape: Tape, layers: int) -> Profile:
-    segments = _segments(tape, layers)
+def _fullest(account: _Account, layers: int) -> Profile:
+    segments = _segments(account, layers)
     level = peak = 0
     at: tuple[int, int] | None = None
     for number, segment in enumerate(segments):
@@ -97,29 +133,29 @@ def _fullest(tape: Tape, layers: int) -> Profile:
     number, whole = at
     parts: dict[Part, int] = dict.fromkeys(PARTS, 0)
     for segment in segments[:number]:
-        _count(tape, segment.start, segment.end, segment.repeats, parts)
+        _count(account, segment.start, segment.end, segment.repeats, parts)
     here = segments[number]
-    _count(tape, here.start, here.end, whole, parts)
-    _count(tape, here.start, here.fullest, 1, parts)
-    backward = next(index for name, index in tape.marks if name == "backward")
+    _count(account, here.start, here.end, whole, parts)
+    _count(account, here.start, here.fullest, 1, parts)
+    backward = next(index for name, index in account.marks if name == "backward")
     return Profile(peak, "forward" if here.fullest <= backward else "backward", parts)
 
 
-def _segments(tape: Tape, layers: int) -> list[_Segment]:
-    borders = [0, *(index for _, index in tape.marks), len(tape.changes)]
-    names = ["", *(name for name, _ in tape.marks)]
+def _segments(account: _Account, layers: int) -> list[_Segment]:
+    borders = [0, *(index for _, index in account.marks), len(account.changes)]
+    names = ["", *(name for name, _ in account.marks)]
     found = []
     for start, end, name, closing in zip(borders[:-1], borders[1:], names, [*names[1:], ""], strict=True):
         is_typical = (name, closing) in (("layer 0", "layer 1"), ("-layer 1", "-layer 0"))
         segment = _Segment(start, end, max(1, layers - 2) if is_typical else 1, fullest=start)
         for index in range(start, end):
-            segment.net += tape.changes[index][1]
+            segment.net += account.changes[index][1]
             if segment.net > segment.rise:
                 segment.rise, segment.fullest = segment.net, index + 1
         found.append(segment)
     return found
 
 
-def _count(tape: Tape, start: int, end: int, times: int, parts: dict[Part, int]) -> None:
-    for index, nbytes in tape.changes[start:end]:
-        parts[tape.parts[index]] += nbytes * times
+def _count(account: _Account, start: int, end: int, times: int, parts: dict[Part, int]) -> None:
+    for part, nbytes in account.changes[start:end]:
+        parts[part] += nbytes * times

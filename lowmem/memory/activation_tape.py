@@ -8,6 +8,7 @@ rule, so a local variable of a formula lives as long as its namesake in the mode
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -16,23 +17,23 @@ from lowmem.memory.ledger import Part
 
 
 class Tape:
-    """The account of one micro-batch.
+    """The account of one micro-batch. The gradient of a weight is given back as soon as it is complete.
 
-    keep_gradients: False for an update inside backward, which frees each gradient at once.
-    adds_gradients: gradients of an earlier micro-batch exist and new ones are added to them.
-    A second gradient of the same tensor is added to the first out of place, as PyTorch does it wherever a
-    dispatch mode counts bytes; without one it takes a buffer less.
+    What becomes of it depends on how the step is made, so `arrivals` tells when it was complete.
+    adds_in_place: a second gradient of the same tensor is added to the first one where nothing else holds
+    that, as PyTorch does it on CUDA; wherever a dispatch mode counts bytes it makes a new tensor.
     """
 
-    def __init__(self, *, keep_gradients: bool = True, adds_gradients: bool = False):
+    def __init__(self, *, adds_in_place: bool = False):
         self.changes: list[tuple[int, int]] = []
         """(number of the block, bytes taken or given back), in order."""
         self.parts: list[Part] = []
         """What each block is, by its number."""
         self.marks: list[tuple[str, int]] = []
         """(name, length of `changes` when it was reached)."""
-        self._keeps_gradients = keep_gradients and not adds_gradients
-        self._kept: list[Value] = []
+        self.arrivals: list[tuple[str, int]] = []
+        """(name of a weight, the number of the change that gives its complete gradient back), in order."""
+        self._adds_in_place = adds_in_place
         self._nodes: list[Node] | None = []
         self._saves = 0
         self._last_saver = 0
@@ -49,9 +50,9 @@ class Tape:
         self.parts.append("temporary")
         return Block(self.changes, len(self.parts) - 1, 0 if self._is_stopped else nbytes)
 
-    def weight(self, numel: int, itemsize: int, *, trained: bool = True) -> Value:
-        """A parameter. Its gradient, when it comes, stays until the step ends."""
-        return Value(numel, itemsize, None, Leaf(is_weight=True) if trained else None)
+    def weight(self, name: str, numel: int, itemsize: int, *, trained: bool = True) -> Value:
+        """A parameter, by the name under which its gradient arrives."""
+        return Value(numel, itemsize, None, Leaf(name) if trained else None)
 
     def apply(
         self,
@@ -62,11 +63,13 @@ class Tape:
         saves_output: bool = False,
         scratch: int = 0,
         remembers: bool = False,
+        gives_views: bool = False,
     ) -> Value:
         """An operator whose gradients have the sizes of its inputs.
 
         `saves`: inputs that its gradient needs. `scratch`: bytes that exist beside the gradients while they
-        are made. `remembers`: it saves something without bytes of its own, such as a weight.
+        are made. `remembers`: it saves something without bytes of its own, such as a weight. `gives_views`:
+        the gradient of its first input is a view.
         """
         if saves or remembers:
             self._count_save()
@@ -75,6 +78,8 @@ class Tape:
         def gradients(node: Node) -> list[Value | None]:
             beside = self.scratch(scratch)
             made = [self.new(size, item) if is_wanted else None for size, item, is_wanted in wanted]
+            if gives_views and made[0] is not None:
+                made[0].is_view = True
             del beside
             return made
 
@@ -153,7 +158,7 @@ class Tape:
 
         Nothing takes memory once `stops_after` saves were counted on the tape, from the start where it is 0.
         """
-        start = x.node = Leaf(is_weight=False)
+        start = x.node = Leaf()
         outer, self._nodes = self._nodes, []
         self._stops_after, self._is_stopped = stops_after, stops_after == 0
         end = compute(x).node
@@ -188,24 +193,30 @@ class Tape:
                 node.gradient = None
                 node.saved = ()
                 while gradients:
-                    self._deliver(node.inputs[len(gradients) - 1], gradients.pop())
+                    to, gradient = node.inputs[len(gradients) - 1], gradients.pop()
+                    if to is None or gradient is None:
+                        continue
+                    if to.gradient is None:
+                        to.gradient = gradient
+                    elif not (self._adds_in_place and _holds_alone(to)):
+                        to.gradient = self.new(gradient.numel, gradient.itemsize)
+                    del gradient
+                    if isinstance(to, Leaf):
+                        self._landed(to)
 
-    def _deliver(self, to: Node | None, gradient: Value | None) -> None:
-        if to is None or gradient is None:
+    def _landed(self, leaf: Leaf) -> None:
+        leaf.awaited -= 1
+        if leaf.weight is None or leaf.awaited > 0:
             return
-        if to.gradient is None:
-            to.gradient = gradient
-        else:
-            to.gradient = self.new(gradient.numel, gradient.itemsize)
-        if isinstance(to, Leaf):
-            to.awaited -= 1
-            if to.is_weight and to.awaited == 0:
-                self._arrived(to)
+        assert leaf.gradient is not None
+        assert leaf.gradient.block is not None
+        self.parts[leaf.gradient.block.index] = "gradients"
+        self.arrivals.append((leaf.weight, len(self.changes)))
+        leaf.gradient = None
 
-    def _arrived(self, weight: Leaf) -> None:
-        assert weight.gradient is not None
-        assert weight.gradient.block is not None
-        self.parts[weight.gradient.block.index] = "gradients"
-        if self._keeps_gradients:
-            self._kept.append(weight.gradient)
-        weight.gradient = None
+
+def _holds_alone(node: Node) -> bool:
+    """Whether nothing but the node refers to its gradient's memory: the question that autograd asks, too."""
+    assert node.gradient is not None
+    # The node is one reference and the argument of getrefcount another.
+    return not node.gradient.is_view and sys.getrefcount(node.gradient) == 2

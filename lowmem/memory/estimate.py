@@ -96,14 +96,12 @@ def estimate_method(
     always |= {"weights": method.weights, "optimizer_state": method.state}
     always["other"] = (CUBLAS_BYTES if on_cuda else 0) + (micro_batches - 1) * batch
 
-    keeps = not method.updates_in_backward
-    moments = [_moment(profile(architecture, work, keep_gradients=keeps), always)]
-    if keeps:
-        full: dict[Part, int] = {**always, "gradients": method.gradients}
-        if micro_batches > 1:
-            moments.append(_moment(profile(architecture, work, adds_gradients=True), full))
-        update: dict[Part, int] = {**full, "temporary": method.update, "other": always["other"] + batch}
-        moments.append(("optimizer", update))
+    moments: list[tuple[Phase, dict[Part, int]]] = []
+    for each in method.passes:
+        before: dict[Part, int] = {**always, "gradients": each.gradients, "optimizer_state": each.state}
+        moments.append(_moment(profile(architecture, work, each.arrivals), before))
+    end: dict[Part, int] = {**always, "gradients": method.end.gradients, "temporary": method.end.temporary}
+    moments.append(("optimizer", {**end, "other": always["other"] + batch}))
     phase, parts = max(moments, key=lambda moment: sum(moment[1].values()))
     peak = sum(parts.values())
     conditions = _conditions(method, recipe, architecture, work)
@@ -157,6 +155,7 @@ def _conditions(method: Method, recipe: Recipe, architecture: Architecture, work
         "sequence_length": work.tokens,
         "per_device_batch_size": work.rows,
         "gradient_accumulation_steps": recipe.train.gradient_accumulation_steps,
+        "execution": method.mode,
         "activation_checkpointing": work.checkpointing,
         "loss": recipe.train.loss,
         "attn": recipe.model.attn,

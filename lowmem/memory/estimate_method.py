@@ -18,14 +18,18 @@ from dataclasses import dataclass, replace
 from lowmem.errors import RecipeError
 from lowmem.memory.activation_operators import Adapters
 from lowmem.memory.architecture import Architecture, Parameter
+from lowmem.memory.arrivals import GO, STAY
+from lowmem.memory.execution_formulas import NOTHING_LEFT, End, Pass, Update, Way, end_of, passes_of
 from lowmem.memory.ledger import ALLOCATION_BYTES, rounded
 from lowmem.memory.state_formulas import (
     BITSANDBYTES_TABLES_BYTES,
+    Treatment,
     adamw8bit_state_bytes,
     state_bytes,
     treatments,
 )
-from lowmem.memory.step_formulas import update_bytes
+from lowmem.memory.step_formulas import projected, update_bytes
+from lowmem.recipe.execution_choice import Mode, Situation, chosen_mode
 from lowmem.recipe.schema import LoraRecipe, Recipe
 
 BASELINES = (
@@ -53,30 +57,64 @@ class Method:
     gradients: int
     """Of all trained parameters, when they are there together."""
     state: int
-    update: int
-    """Temporaries of the optimizer at its fullest."""
     parameters: int
     trained_parameters: int
-    updates_in_backward: bool = False
+    mode: Mode = "plain"
+    passes: tuple[Pass, ...] = ()
+    """The kinds of micro-batches of a step."""
+    end: End = NOTHING_LEFT
+    """Of the step, when all gradients are there or what is left of them."""
     adapters: Adapters | None = None
 
 
 def recipe_method(recipe: Recipe, shape: Architecture, *, on_cuda: bool) -> Method:
-    """The recipe's own optimizer on what the recipe trains."""
+    """The recipe's own optimizer on what the recipe trains.
+
+    Raises RefusedError for an execution that cannot do the clipping or the accumulation asked for.
+    """
     method, trained = _frame(recipe, shape)
     itemsize = 4 if method.adapters is not None else method.itemsize
-    state = update = 0
-    seen: dict[object, tuple[int, int]] = {}
-    for each in treatments(recipe.optimizer, trained):
-        key = (each.algorithm, id(each.settings), each.parameter.shape)
-        if key not in seen:
+    treated = treatments(recipe.optimizer, trained)
+    updates = _updates(treated, itemsize, on_cuda=on_cuda)
+    way = _way(recipe, is_projected=any(each.projected for each in updates))
+    return replace(
+        method,
+        state=sum(each.state for each in updates),
+        mode=way.mode,
+        passes=passes_of(way, updates, most_due=_most_due(treated, updates)),
+        end=end_of(way, updates),
+    )
+
+
+def _way(recipe: Recipe, *, is_projected: bool) -> Way:
+    clip, clips = recipe.optimizer.clip, recipe.train.max_grad_norm is not None
+    micro_batches = recipe.train.gradient_accumulation_steps
+    return Way(
+        mode=chosen_mode(recipe.train.execution, Situation(is_projected, micro_batches, clip, clips)),
+        micro_batches=micro_batches,
+        refreshes_first=recipe.optimizer.refresh_from == "first_micro_batch",
+        projects_at_boundary=clips and clip != "full",
+    )
+
+
+def _updates(treated: Sequence[Treatment], itemsize: int, *, on_cuda: bool) -> list[Update]:
+    """In the order in which the optimizer goes through them: group by group."""
+    alike: dict[object, Update] = {}
+    groups: dict[int, list[Update]] = {}
+    for each in treated:
+        name = _arrives_as(each.parameter)
+        key = (name, id(each.settings), each.parameter.shape)
+        if key not in alike:
             arguments = (each.algorithm, each.settings, each.parameter.shape, itemsize)
-            seen[key] = (
-                state_bytes(*arguments, round_to=ALLOCATION_BYTES),
-                update_bytes(*arguments, on_cuda=on_cuda),
+            alike[key] = Update(
+                name=name,
+                gradient=rounded(each.parameter.numel * itemsize),
+                state=state_bytes(*arguments, round_to=ALLOCATION_BYTES),
+                temporary=update_bytes(*arguments, on_cuda=on_cuda),
+                projected=projected(*arguments, on_cuda=on_cuda),
             )
-        state, update = state + seen[key][0], max(update, seen[key][1])
-    return replace(method, state=state, update=update)
+        groups.setdefault(id(each.settings), []).append(alike[key])
+    return [update for group in groups.values() for update in group]
 
 
 def baseline_method(name: str, recipe: Recipe, shape: Architecture) -> Method:
@@ -90,18 +128,26 @@ def baseline_method(name: str, recipe: Recipe, shape: Architecture) -> Method:
     method, trained = _frame(recipe, shape, base_is_4bit=name == "qlora_r16")
     itemsize = 4 if method.adapters is not None else method.itemsize
     counts = ALLOCATION_BYTES * len(trained)
+    several = recipe.train.gradient_accumulation_steps > 1
     if name == "adamw8bit":
         state = sum(adamw8bit_state_bytes(each.numel, round_to=ALLOCATION_BYTES) for each in trained)
-        return replace(method, state=state + BITSANDBYTES_TABLES_BYTES)
+        return _plain(replace(method, state=state + BITSANDBYTES_TABLES_BYTES), several)
     if name == "adamw_fp32_master" and itemsize == 2:
         largest = max(each.numel for each in trained)
-        return replace(method, state=3 * _bytes(trained, 4) + counts, update=rounded(4 * largest))
-    return replace(
-        method,
-        state=2 * method.gradients + counts,
-        update=method.gradients if name == "adamw_foreach" else 0,
-        updates_in_backward=name == "adamw_fused_backward",
-    )
+        method = replace(method, state=3 * _bytes(trained, 4) + counts)
+        return _plain(method, several, update=rounded(4 * largest))
+    method = replace(method, state=2 * method.gradients + counts)
+    if name == "adamw_fused_backward":
+        return replace(method, mode="fused", passes=(Pass(GO, 0, method.state),))
+    return _plain(method, several, update=method.gradients if name == "adamw_foreach" else 0)
+
+
+def _plain(method: Method, several_micro_batches: bool, update: int = 0) -> Method:
+    """All gradients stay until the step, whose temporaries are `update` bytes."""
+    passes = [Pass(STAY, 0, method.state)]
+    if several_micro_batches:
+        passes.append(Pass(GO, method.gradients, method.state))
+    return replace(method, passes=tuple(passes), end=End(method.gradients, update))
 
 
 def _frame(
@@ -110,7 +156,7 @@ def _frame(
     """Weights and gradients without an optimizer, and what is trained."""
     itemsize = ITEMSIZES[recipe.model.dtype]
     buffers = sum(rounded(4 * numel) for numel in shape.buffer_numels)
-    frame = Method(itemsize, _bytes(shape.parameters, itemsize) + buffers, 0, 0, 0, 0, 0)
+    frame = Method(itemsize, _bytes(shape.parameters, itemsize) + buffers, 0, 0, 0, 0)
     trained: Sequence[Parameter] = shape.parameters
     if recipe.lora is not None:
         targets = _targets(recipe.lora, shape)
@@ -157,6 +203,36 @@ def _targets(lora: LoraRecipe, shape: Architecture) -> frozenset[str] | None:
 def _module(parameter: Parameter) -> str:
     """q_proj for model.layers.0.self_attn.q_proj.weight."""
     return parameter.name.split(".")[-2]
+
+
+def _arrives_as(parameter: Parameter) -> str:
+    """The name under which the decoder's formulas use it: q_proj, q_proj.bias, q_proj.lora_A, norm, lm_head."""
+    *path, module, kind = parameter.name.split(".")
+    if module.startswith("lora_"):
+        return f"{path[-1]}.{module}"
+    if "norm" in module:
+        return "norm"
+    return module if kind == "weight" else f"{module}.{kind}"
+
+
+def _most_due(treated: Sequence[Treatment], updates: Sequence[Update]) -> int:
+    """Bytes by which whole gradients exceed projected ones, of the matrices that are refreshed in one step."""
+    due: dict[tuple[int, int], int] = {}
+    groups: dict[int, list[Treatment]] = {}
+    for each in treated:
+        groups.setdefault(id(each.settings), []).append(each)
+    ordered = [(group, index) for group in groups.values() for index in range(len(group))]
+    for update, (group, index) in zip(updates, ordered, strict=True):
+        settings = group[0].settings
+        if update.projected is not None:
+            is_spread = settings["stagger"]
+            offset = index * settings["refresh_every"] // len(group) if is_spread else 0
+            key = (id(settings), offset)
+            due[key] = due.get(key, 0) + update.gradient - update.accumulator
+    fullest: dict[int, int] = {}
+    for (group_id, _), nbytes in due.items():
+        fullest[group_id] = max(fullest.get(group_id, 0), nbytes)
+    return sum(fullest.values())
 
 
 def _adapted(shape: Architecture, targets: frozenset[str] | None) -> list[Parameter]:

@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from lowmem.memory.architecture import Shape
+from lowmem.memory.ledger import rounded
 from lowmem.memory.state_formulas import Settings, is_low_rank, state_values, stored_itemsize, with_defaults
 
 TILE_NUMEL = 1 << 21
@@ -37,12 +39,58 @@ def update_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: int
     """Bytes of temporaries at the fullest moment of updating a parameter, a refresh included."""
     settings = with_defaults(algorithm, settings)
     if algorithm in _LOW_RANK and is_low_rank(settings, shape):
-        steady = _low_rank_bytes(settings, shape, itemsize)
-        return max(steady, _refresh_bytes(settings, shape, itemsize, on_cuda))
+        project = _project_bytes(settings, shape, itemsize)
+        inner = _projected_update_bytes(settings, shape, itemsize, holds_gradient=True)
+        return max(project, inner, _refresh_bytes(settings, shape, itemsize, on_cuda))
     return _element_bytes(algorithm, settings, shape, itemsize)
 
 
 _LOW_RANK = frozenset({"galore"})
+
+
+@dataclass(frozen=True)
+class Projected:
+    """A matrix whose rule sees its gradient through a projection of `values` elements only. Bytes."""
+
+    values: int
+    accumulator: int
+    """The projected gradient as it is added up over micro-batches."""
+    refresh: int
+    """Temporaries of fitting a basis, beside the whole gradient; of the others likewise."""
+    project: int
+    """... of projecting, the result included."""
+    update: int
+    """... of an update from the accumulator."""
+    update_wide: int
+    """... of one from a float32 projection."""
+
+    @property
+    def wide(self) -> int:
+        """The projected gradient in float32."""
+        return rounded(4 * self.values)
+
+
+def projected(
+    algorithm: str, settings: Settings, shape: Shape, itemsize: int, *, on_cuda: bool
+) -> Projected | None:
+    """None for a parameter whose rule needs the whole gradient."""
+    settings = with_defaults(algorithm, settings)
+    if algorithm not in _LOW_RANK or not is_low_rank(settings, shape):
+        return None
+    _, long, rank = _sizes(settings, shape)
+    stored = {"param": itemsize, "bf16": 2, "fp32": 4}[settings["accumulator"]]
+    wide, kept = rounded(4 * rank * long), rounded(stored * rank * long)
+    update_wide = _projected_update_bytes(settings, shape, itemsize, holds_gradient=False)
+    # Only rule and its state see the float32 copy of the accumulator: it is gone when the weight is written.
+    inner = _projected_update_bytes(settings, shape, itemsize, holds_gradient=True)
+    return Projected(
+        values=rank * long,
+        accumulator=kept,
+        refresh=_refresh_bytes(settings, shape, itemsize, on_cuda),
+        project=max(_project_bytes(settings, shape, itemsize), wide + (kept if stored < 4 else 0)),
+        update=inner if stored < 4 else update_wide,
+        update_wide=update_wide,
+    )
 
 
 def _element_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: int) -> int:
@@ -81,26 +129,43 @@ _DIRECTIONS: dict[str, Callable[[Settings], int]] = {
 """Float32 tensors of the tile's size that a rule makes for its direction. Without momentum SGD's is the gradient."""
 
 
-def _low_rank_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
+def _project_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
+    """From the whole gradient to its projection in float32, which is among them."""
     short, long, rank = _sizes(settings, shape)
     tile = min(short * long, TILE_NUMEL)
     basis = 4 * short * rank
-    low = 4 * rank * long
-    tensors = state_values("galore", settings, shape)
-    moments = sum(
-        low for name, each in tensors.items() if name != "basis" and _is_wide(each, settings, itemsize)
+    return (
+        _copies(settings, shape, itemsize, {"basis": basis})
+        + basis
+        + 4 * rank * long
+        + (4 * tile if itemsize < 4 else 0)
     )
-    rounds = 6 * tile if settings["rounding"] == "stochastic" else 0
-    project = 2 * basis + low + (4 * tile if itemsize < 4 else 0)
-    inner = basis + low + moments + low
-    saved = basis + moments + low + (low * 3 // 2 if rounds else 0)
-    written = basis + moments + low + (4 * tile + rounds if itemsize < 4 else 0)
-    return max(project, inner, saved, written)
 
 
-def _is_wide(tensor: object, settings: Settings, itemsize: int) -> bool:
-    """Whether loading it as float32 makes a copy."""
-    return stored_itemsize(tensor, settings, itemsize) < 4  # type: ignore[arg-type]
+def _projected_update_bytes(settings: Settings, shape: Shape, itemsize: int, *, holds_gradient: bool) -> int:
+    """From the projected gradient to the written weight; while the rule works it holds a float32 copy of that."""
+    short, long, rank = _sizes(settings, shape)
+    tile = min(short * long, TILE_NUMEL)
+    low = 4 * rank * long
+    loaded = _copies(
+        settings, shape, itemsize, {"basis": 4 * short * rank, "exp_avg": low, "exp_avg_sq": low}
+    )
+    is_narrow = any(
+        stored_itemsize(each, settings, itemsize) < 4
+        for name, each in state_values("galore", settings, shape).items()
+        if name != "basis"
+    )
+    rounds = 6 if settings["rounding"] == "stochastic" else 0
+    inner = loaded + low + (low if holds_gradient else 0)
+    saved = loaded + low + (rounds * rank * long if is_narrow else 0)
+    written = loaded + low + ((4 + rounds) * tile if itemsize < 4 else 0)
+    return max(inner, saved, written)
+
+
+def _copies(settings: Settings, shape: Shape, itemsize: int, sizes: dict[str, int]) -> int:
+    """Of state that is loaded as float32, `sizes` bytes each; what is float32 already takes none."""
+    tensors = state_values("galore", settings, shape)
+    return sum(size for name, size in sizes.items() if stored_itemsize(tensors[name], settings, itemsize) < 4)
 
 
 def _refresh_bytes(settings: Settings, shape: Shape, itemsize: int, on_cuda: bool) -> int:
