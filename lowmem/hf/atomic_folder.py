@@ -38,6 +38,19 @@ def recover_replaced_(final: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text`; a full disk or a crash leaves the old one."""
+    unfinished = path.with_name(f".{path.name}.new")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def delete_folder_(folder: Path) -> None:
     """Delete under another name, so that a crash never leaves half of it under its own."""
     doomed = folder.with_name(f".{folder.name}.deleting")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,6 +100,10 @@ class RunFolder:
         shutil.rmtree(self.unfinished, ignore_errors=True)
         shutil.rmtree(self.path / f".{self.model.name}.saving", ignore_errors=True)
         self.metrics.replacement.unlink(missing_ok=True)
+        for path in (self.recipe, self.environment):
+            path.with_name(f".{path.name}.new").unlink(missing_ok=True)
+        if self.memory.is_file() and not _is_json(self.memory):
+            self.memory.unlink()
         for folder in self.path.glob(f".{CHECKPOINT_PREFIX}*.deleting"):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -106,6 +111,14 @@ class RunFolder:
         """Something that training produced; a recipe alone is left by a run that failed at set-up."""
         trained = [self.model, self.metrics.path, *self.checkpoints()]
         return any(path.exists() for path in trained)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 def flat_keys(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from lowmem.data.batches import TokenDataset, collate
 from lowmem.data.prepare import Prepared, prepare
-from lowmem.hf.atomic_folder import disk_faults_explained
+from lowmem.hf.atomic_folder import disk_faults_explained, write_atomically
 from lowmem.hf.callbacks import (
     EvaluateEvery,
     LogLastStep,
@@ -96,10 +96,8 @@ def prepare_run(recipe: Recipe, interrupt: Interrupt) -> Run:
     if is_main:
         with disk_faults_explained("The run folder", folder.newest_checkpoint):
             folder.thin_out_(keep=recipe.save.keep, optimizer_states=recipe.save.optimizer_states)
-            folder.recipe.write_text(dump_recipe(recipe), encoding="utf-8")
-            folder.environment.write_text(
-                json.dumps(describe_environment(args.world_size), indent=2), encoding="utf-8"
-            )
+            write_atomically(folder.recipe, dump_recipe(recipe))
+            write_atomically(folder.environment, json.dumps(describe_environment(args.world_size), indent=2))
 
     tokenizer = load_tokenizer(recipe.model)
     train_rows = prepare(

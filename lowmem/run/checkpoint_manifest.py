@@ -6,6 +6,7 @@ manifest carries one of its own content too.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ import xxhash
 MANIFEST = "manifest.json"
 FORMAT = 1
 CHECKSUM = "xxh3_128"
-READ_BYTES = 2**22
+READ_BYTES = 2**20
 READ_BY_LIBRARIES = (".safetensors", ".bin", ".pt", ".pth", ".json")
 """A file of such a name that the manifest does not list might be loaded in place of one that it does."""
 
@@ -118,13 +119,18 @@ def verify_files(folder: Path, *, checksums: bool = True) -> Manifest:
 
 
 def checksum_of(path: Path) -> str:
-    """Hexadecimal xxh3_128 of a file, read in pieces of 4 MiB."""
+    """Hexadecimal xxh3_128 of a file."""
+    with path.open("rb", buffering=0) as file:
+        return checksum_of_stream(file)
+
+
+def checksum_of_stream(file: io.RawIOBase | io.BytesIO) -> str:
+    """That of what is left of `file`, read in pieces of 1 MiB."""
     digest = xxhash.xxh3_128()
     piece = bytearray(READ_BYTES)
     view = memoryview(piece)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(piece):
-            digest.update(view[:count])
+    while count := file.readinto(piece):
+        digest.update(view[:count])
     return digest.hexdigest()
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 
 import pytest
@@ -21,9 +25,9 @@ from lowmem.hf.setup import prepare_run
 from lowmem.optim import LowMemOptimizer
 from lowmem.run.checkpoint import verify
 from lowmem.run.checkpoint_probe import state_in_small
-from lowmem.run.folder_lock import lock_folder
 from tests.hf.test_interrupt import interrupt_at_micro_batch
 from tests.hf.tiny_runs import tiny_recipe, write_model
+from tests.run.test_folder_lock import HOLDING
 
 SETTINGS = ("save.every=2", "report.log_every=1", "train.lr_scheduler.name=linear", "data.eval=null")
 STATE = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
@@ -199,16 +203,47 @@ def test_the_trial_state_has_the_structure_of_the_real_one(tmp_path, model_folde
     assert sum(value.numel() for state in small["state"].values() for value in state.values()) < 200
 
 
-def test_a_second_run_in_the_folder_of_a_running_one_is_refused(tmp_path, model_folder, monkeypatch):
+def test_a_second_run_in_the_folder_of_a_running_one_is_refused_and_changes_nothing(tmp_path, model_folder):
     recipe = tiny_recipe(tmp_path, model_folder, *SETTINGS)
-    lock = lock_folder(tmp_path)  # made here, so that the folder exists
-    lock.release()
-    monkeypatch.setattr(
-        lowmem.hf.setup, "lock_folder", lambda path: (_ for _ in ()).throw(RefusedError(f"{path} is in use"))
-    )
-    with pytest.raises(RefusedError, match="run is in use"):
-        train(recipe)
-    assert not (tmp_path / "run" / "recipe.yaml").exists()
+    (tmp_path / "run").mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(tmp_path / "run")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(RefusedError, match=rf"run is in use by another run: process {other.pid} on "):
+            train(recipe)
+        assert names_in(tmp_path / "run") == {"run.lock"}
+        other.kill()
+    assert train(recipe) == 0
+
+
+def test_what_a_full_disk_left_of_the_reports_numbers_does_not_stop_the_next_start(tmp_path, model_folder):
+    recipe = tiny_recipe(tmp_path, model_folder, *SETTINGS)
+    assert train(recipe) == 0
+    memory = tmp_path / "run" / "memory.json"
+    memory.write_text(memory.read_text()[:100])
+    assert train(recipe) == 0
+    assert not memory.exists(), "nothing was measured the second time"
+
+
+def test_a_recipe_that_cannot_be_written_leaves_the_old_one(tmp_path, model_folder, monkeypatch):
+    recipe = tiny_recipe(tmp_path, model_folder, *SETTINGS)
+    assert train(recipe) == 0
+    before = (tmp_path / "run" / "recipe.yaml").read_bytes()
+    longer = tiny_recipe(tmp_path, model_folder, *SETTINGS, "train.max_steps=8")
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(FaultError, match=r"could not be written: .*No space left.*checkpoint-6"):
+            train(longer)
+    assert (tmp_path / "run" / "recipe.yaml").read_bytes() == before
+    assert train(longer) == 0
 
 
 def test_the_disk_must_hold_the_weights_of_all_kept_and_two_optimizer_states(tmp_path, monkeypatch):
