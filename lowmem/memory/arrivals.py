@@ -11,28 +11,33 @@ from lowmem.memory.ledger import Part
 class Arrival:
     """What happens to the gradient of one weight, in the order of the fields."""
 
+    adds: bool = False
+    """Whether it is first of all added to that of an earlier micro-batch, which takes its place in what follows."""
     state: int = 0
     """Optimizer state that is made for it."""
     beside: int = 0
     """Temporaries beside it."""
     stays: bool = False
-    """Whether it is there until the step ends; else it is added to an earlier one, or was all used."""
+    """Whether it is there until the step ends."""
     projected: int = 0
     """What is kept of it, in the rule's subspace."""
-    frees_earlier: bool = False
-    """Whether the sum of earlier micro-batches' gradients goes with it."""
+    after: int = 0
+    """Temporaries when it is gone."""
 
     def changes(self, nbytes: int) -> list[tuple[Part, int]]:
-        """What memory takes and gives back from its arrival until it is gone; itself it is `nbytes`."""
+        """What memory takes and gives back from its arrival on; itself it is `nbytes`."""
+        gone = ("gradients", -nbytes)
         found: list[tuple[Part, int]] = [
+            *([gone] if self.adds else ()),
             ("optimizer_state", self.state),
             ("temporary", self.beside),
             ("temporary", -self.beside),
+            *(() if self.stays else [gone]),
             ("gradients", self.projected),
+            ("temporary", self.after),
+            ("temporary", -self.after),
         ]
-        if not self.stays:
-            found.append(("gradients", -2 * nbytes if self.frees_earlier else -nbytes))
-        return found
+        return [(part, change) for part, change in found if change]
 
 
 @dataclass(frozen=True)
@@ -49,5 +54,8 @@ class Arrivals:
 STAY = Arrivals(Arrival(stays=True))
 """Gradients stay until the step ends."""
 
+ADD = Arrivals(Arrival(adds=True, stays=True))
+"""They are added to those of an earlier micro-batch."""
+
 GO = Arrivals(Arrival())
-"""Gradients are added to those of an earlier micro-batch, or used and freed at once."""
+"""They are used and freed at once, with nothing beside them."""

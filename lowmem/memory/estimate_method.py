@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from lowmem.errors import RecipeError
 from lowmem.memory.activation_operators import Adapters
 from lowmem.memory.architecture import Architecture, Parameter
-from lowmem.memory.arrivals import GO, STAY
+from lowmem.memory.arrivals import ADD, GO, STAY
 from lowmem.memory.execution_formulas import NOTHING_LEFT, End, Pass, Update, Way, end_of, passes_of
 from lowmem.memory.ledger import ALLOCATION_BYTES, rounded
 from lowmem.memory.state_formulas import (
@@ -146,7 +146,7 @@ def _plain(method: Method, several_micro_batches: bool, update: int = 0) -> Meth
     """All gradients stay until the step, whose temporaries are `update` bytes."""
     passes = [Pass(STAY, 0, method.state)]
     if several_micro_batches:
-        passes.append(Pass(GO, method.gradients, method.state))
+        passes.append(Pass(ADD, method.gradients, method.state))
     return replace(method, passes=tuple(passes), end=End(method.gradients, update))
 
 

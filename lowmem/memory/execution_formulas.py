@@ -11,10 +11,9 @@ Any matrix may be refreshed in any step, so each pass assumes that the one under
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lowmem.memory.arrivals import GO, STAY, Arrival, Arrivals
-from lowmem.memory.ledger import rounded
+from lowmem.memory.arrivals import ADD, STAY, Arrival, Arrivals
 from lowmem.memory.step_formulas import Projected
 from lowmem.recipe.execution_choice import Mode
 
@@ -79,9 +78,9 @@ def passes_of(way: Way, updates: Sequence[Update], *, most_due: int) -> tuple[Pa
         return (Pass(STAY if way.mode == "plain" else _named(updates, _used), 0, state),)
     passes = [Pass(STAY, 0, state)]
     if way.mode == "plain" or way.micro_batches > 2:
-        passes.append(Pass(GO, whole, state))
+        passes.append(Pass(ADD, whole, state))
     if way.mode == "fused":
-        last = _named(updates, lambda each: _used(each, frees_earlier=True))
+        last = _named(updates, lambda each: replace(_used(each), adds=True))
         passes.append(Pass(last, whole, state))
     if any(each.projected for each in updates):
         passes.append(_first_with_refresh(way, updates, state, _refreshed))
@@ -113,19 +112,16 @@ def _first_with_refresh(
         return Pass(_named(updates, arrival), 0, state)
 
     def with_state(each: Update) -> Arrival:
-        found = arrival(each)
-        made = each.state if each.projected else 0
-        return Arrival(made, found.beside, found.stays, found.projected)
+        return replace(arrival(each), state=each.state if each.projected else 0)
 
     return Pass(_named(updates, with_state), 0, 0)
 
 
-def _used(each: Update, *, frees_earlier: bool = False) -> Arrival:
-    beside = each.temporary
-    if each.projected is not None:
-        stepping = rounded(4 * each.projected.values) + each.projected.update_wide
-        beside = max(each.projected.refresh, each.projected.project, stepping)
-    return Arrival(beside=beside, frees_earlier=frees_earlier)
+def _used(each: Update) -> Arrival:
+    if each.projected is None:
+        return Arrival(beside=each.temporary)
+    projecting = max(each.projected.refresh, each.projected.project)
+    return Arrival(beside=projecting, after=each.projected.wide + each.projected.update_wide)
 
 
 def _refreshed(each: Update) -> Arrival:
@@ -140,8 +136,9 @@ def _kept(each: Update, *, refresh: bool = True) -> Arrival:
 
 
 def _added(each: Update, *, refresh: bool) -> Arrival:
-    found = _kept(each, refresh=refresh)
-    return Arrival(beside=found.beside)
+    if each.projected is None:
+        return Arrival(adds=True, stays=True)
+    return replace(_kept(each, refresh=refresh), projected=0)
 
 
 def _named(updates: Sequence[Update], arrival: Callable[[Update], Arrival]) -> Arrivals:
@@ -153,7 +150,9 @@ def _named(updates: Sequence[Update], arrival: Callable[[Update], Arrival]) -> A
         if key not in seen:
             seen.add(key)
             candidates = [arrival(each), *([found[each.name]] if each.name in found else [])]
-            found[each.name] = max(candidates, key=lambda one: (one.stays, one.projected, one.beside))
+            found[each.name] = max(
+                candidates, key=lambda one: (one.stays, one.projected, one.beside + one.after)
+            )
     return Arrivals(Arrival(), tuple(found.items()))
 
 

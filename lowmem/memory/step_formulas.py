@@ -50,9 +50,10 @@ _LOW_RANK = frozenset({"galore"})
 
 @dataclass(frozen=True)
 class Projected:
-    """A matrix whose rule sees its gradient through a projection of `values` elements only. Bytes."""
+    """A matrix whose rule sees its gradient through a projection only. Bytes."""
 
-    values: int
+    wide: int
+    """The projected gradient in float32."""
     accumulator: int
     """The projected gradient as it is added up over micro-batches."""
     refresh: int
@@ -63,11 +64,6 @@ class Projected:
     """... of an update from the accumulator."""
     update_wide: int
     """... of one from a float32 projection."""
-
-    @property
-    def wide(self) -> int:
-        """The projected gradient in float32."""
-        return rounded(4 * self.values)
 
 
 def projected(
@@ -84,7 +80,7 @@ def projected(
     # Only rule and its state see the float32 copy of the accumulator: it is gone when the weight is written.
     inner = _projected_update_bytes(settings, shape, itemsize, holds_gradient=True)
     return Projected(
-        values=rank * long,
+        wide=wide,
         accumulator=kept,
         refresh=_refresh_bytes(settings, shape, itemsize, on_cuda),
         project=max(_project_bytes(settings, shape, itemsize), wide + (kept if stored < 4 else 0)),
