@@ -36,6 +36,8 @@ class Life:
     key: int = 0
     made_by: str = ""
     alive: bool = True
+    birth: int = -1
+    """Changes of its ledger before it was born; -1 for what was there before."""
 
 
 Change = tuple[Life, int]
@@ -72,7 +74,7 @@ class Ledger:
         return life
 
     def born(self, nbytes: int, part: Part, key: int = 0, made_by: str = "") -> Life:
-        life = Life(nbytes, part, key, made_by)
+        life = Life(nbytes, part, key, made_by, birth=len(self.changes))
         self.changes.append((life, nbytes))
         return life
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,15 +85,9 @@ class SimulatedMeter(TrackedMeter):
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         super().watch(optimizer)
         if isinstance(optimizer, LowMemOptimizer):
-            repeated = RepeatedSteps(
-                optimizer, lambda: None if self._tracker is None else self._tracker.ledger
+            RepeatedSteps(
+                optimizer, lambda: None if self._tracker is None else self._tracker.ledger, self._at
             )
-
-            def step_param(param: Tensor, group: dict[str, Any]) -> None:
-                self._at(optimizer.place_of(param)[0])
-                repeated(param, group)
-
-            optimizer.step_param = step_param  # type: ignore[method-assign]
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:

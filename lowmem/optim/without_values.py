@@ -18,21 +18,31 @@ FARTHEST_REFRESH = 100_000  # steps; who refreshes less often does not refresh i
 
 
 def step_key(optimizer: LowMemOptimizer, param: Tensor, group: dict[str, Any]) -> Hashable:
-    """What decides which tensors the next update of `param` makes: equal keys, equal bytes."""
+    """What decides which tensors the next half or whole update of `param` makes: equal keys, equal bytes."""
     ctx = optimizer.coming_context(param, group)
-    layouts = [
-        (tensor.shape, tensor.stride(), tensor.dtype) for tensor in (param, param.grad) if tensor is not None
-    ]
+    tensors = (param, param.grad, optimizer.projected.get(param))
+    layouts = [None if each is None else (each.shape, each.stride(), each.dtype) for each in tensors]
     settings = {name: value for name, value in group.items() if name not in ("params", "param_names")}
-    is_refresh = _rule(param, group).needs_refresh(ctx)
+    is_refresh = _rule(param, group).needs_refresh(ctx) and optimizer._refreshed.get(param) != ctx.step
     return (repr(settings), *layouts, bool(optimizer.state[param]), is_refresh)
 
 
-def pretend_step_(optimizer: LowMemOptimizer, param: Tensor, group: dict[str, Any], like: Tensor) -> None:
-    """Leave `param`'s state and counters as an update equal to the last one of `like` would."""
+def make_state_(optimizer: LowMemOptimizer, param: Tensor, group: dict[str, Any]) -> None:
+    """Allocate what an update would, if it is not there yet."""
     optimizer._stored(param, group, _rule(param, group))
+
+
+def count_step_(optimizer: LowMemOptimizer, param: Tensor, group: dict[str, Any]) -> None:
+    """Count an update of `param` that is not made."""
     optimizer._next_context(param, group)
+
+
+def know_as_(optimizer: LowMemOptimizer, param: Tensor, group: dict[str, Any], like: Tensor) -> None:
+    """What is remembered of `like`, which has the same rule and has made as many updates, holds for `param`."""
+    step = optimizer.coming_context(param, group).step
     optimizer._known[param] = set(optimizer._known[like])
+    if optimizer._refreshed.get(like) in (step, step - 1):
+        optimizer._refreshed[param] = optimizer._refreshed[like]
 
 
 def pretend_until_refresh_(optimizer: LowMemOptimizer) -> bool:
