@@ -12,6 +12,7 @@ qlora_r16             the same; linear layers in nf4 with double quantisation, t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -98,9 +99,8 @@ def _way(recipe: Recipe, *, is_projected: bool) -> Way:
 
 
 def _updates(treated: Sequence[Treatment], itemsize: int, *, on_cuda: bool) -> list[Update]:
-    """In the order in which the optimizer goes through them: group by group."""
     alike: dict[object, Update] = {}
-    groups: dict[int, list[Update]] = {}
+    updates = []
     for each in treated:
         name = _arrives_as(each.parameter)
         key = (name, id(each.settings), each.parameter.shape)
@@ -113,8 +113,8 @@ def _updates(treated: Sequence[Treatment], itemsize: int, *, on_cuda: bool) -> l
                 temporary=update_bytes(*arguments, on_cuda=on_cuda),
                 projected=projected(*arguments, on_cuda=on_cuda),
             )
-        groups.setdefault(id(each.settings), []).append(alike[key])
-    return [update for group in groups.values() for update in group]
+        updates.append(alike[key])
+    return updates
 
 
 def baseline_method(name: str, recipe: Recipe, shape: Architecture) -> Method:
@@ -217,22 +217,17 @@ def _arrives_as(parameter: Parameter) -> str:
 
 def _most_due(treated: Sequence[Treatment], updates: Sequence[Update]) -> int:
     """Bytes by which whole gradients exceed projected ones, of the matrices that are refreshed in one step."""
-    due: dict[tuple[int, int], int] = {}
-    groups: dict[int, list[Treatment]] = {}
-    for each in treated:
-        groups.setdefault(id(each.settings), []).append(each)
-    ordered = [(group, index) for group in groups.values() for index in range(len(group))]
-    for update, (group, index) in zip(updates, ordered, strict=True):
-        settings = group[0].settings
+    due: dict[int, Counter[int]] = {}
+    sizes = Counter(id(each.settings) for each in treated)
+    seen: Counter[int] = Counter()
+    for each, update in zip(treated, updates, strict=True):
+        group = id(each.settings)
         if update.projected is not None:
-            is_spread = settings["stagger"]
-            offset = index * settings["refresh_every"] // len(group) if is_spread else 0
-            key = (id(settings), offset)
-            due[key] = due.get(key, 0) + update.gradient - update.accumulator
-    fullest: dict[int, int] = {}
-    for (group_id, _), nbytes in due.items():
-        fullest[group_id] = max(fullest.get(group_id, 0), nbytes)
-    return sum(fullest.values())
+            gap = each.settings["refresh_every"] if each.settings["stagger"] else 0
+            offset = seen[group] * gap // sizes[group]
+            due.setdefault(group, Counter())[offset] += update.gradient - update.accumulator
+        seen[group] += 1
+    return sum(max(by_offset.values()) for by_offset in due.values())
 
 
 def _adapted(shape: Architecture, targets: frozenset[str] | None) -> list[Parameter]:

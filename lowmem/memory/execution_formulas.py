@@ -138,7 +138,9 @@ def _kept(each: Update, *, refresh: bool = True) -> Arrival:
 def _added(each: Update, *, refresh: bool) -> Arrival:
     if each.projected is None:
         return Arrival(adds=True, stays=True)
-    return replace(_kept(each, refresh=refresh), projected=0)
+    # A matrix that is refreshed has its earlier gradient, to which this one is added first.
+    refreshing = each.projected.refresh - each.gradient if refresh else 0
+    return Arrival(beside=max(each.projected.project, refreshing))
 
 
 def _named(updates: Sequence[Update], arrival: Callable[[Update], Arrival]) -> Arrivals:

@@ -126,7 +126,7 @@ class Treatment:
 
 
 def treatments(optimizer: OptimizerRecipe, parameters: Sequence[Parameter]) -> list[Treatment]:
-    """Who updates what, as `build_optimizer` divides a model: the optimizer itself, or its fallback.
+    """Who updates what, as `build_optimizer` divides a model: first the optimizer itself, then its fallback.
 
     Raises RecipeError for a target that matches no linear layer.
     """
@@ -140,12 +140,13 @@ def treatments(optimizer: OptimizerRecipe, parameters: Sequence[Parameter]) -> l
     rest_name = rest.pop("name")
     inherited = settings if rest_name == optimizer.name else {}
     rest_settings = with_defaults(rest_name, {**inherited, "rounding": settings["rounding"], **rest})
-    return [
+    found = [
         Treatment(each, optimizer.name, settings)
         if each.is_linear and any(pattern in each.name for pattern in optimizer.target)
         else Treatment(each, rest_name, rest_settings)
         for each in parameters
     ]
+    return sorted(found, key=lambda each: each.settings is not settings)
 
 
 BITSANDBYTES_BLOCK = 256
