@@ -1,4 +1,4 @@
-"""Write the pages of docs/ that come from the code: every recipe key, every optimizer and its settings.
+"""Write the pages of docs/ that come from the code: recipe keys, optimizers and their settings, executions.
 
     python scripts/make_reference_pages.py
 
@@ -8,6 +8,7 @@ A test holds the pages equal to what this script gives.
 from __future__ import annotations
 
 import inspect
+import runpy
 from pathlib import Path
 
 from lowmem.cli.schema_text import schema_document
@@ -61,7 +62,11 @@ def optimizer_page() -> str:
     return "\n".join([*lines, ""])
 
 
-PAGES = {DOCS / "recipe.md": recipe_page, DOCS / "optimizers.md": optimizer_page}
+PAGES = {
+    DOCS / "recipe.md": recipe_page,
+    DOCS / "optimizers.md": optimizer_page,
+    DOCS / "execution.md": runpy.run_path(str(Path(__file__).parent / "execution_page.py"))["execution_page"],
+}
 
 if __name__ == "__main__":
     for path, make in PAGES.items():

@@ -21,6 +21,8 @@ class Situation:
     micro_batches: int
     clip: Clip
     clips: bool
+    processes: int = 1
+    """Of data parallel training."""
 
     @property
     def clips_globally(self) -> bool:
@@ -40,10 +42,10 @@ def objection(mode: Mode, at: Situation) -> str | None:
             "train.execution: project needs an optimizer that projects gradients, such as galore. Use "
             "train.execution: fused or plain."
         )
-    if mode == "project" and at.clips and at.clip == "full" and at.micro_batches > 1:
+    if mode == "project" and at.clips and at.clip == "full" and at.micro_batches * at.processes > 1:
         return (
             "optimizer.clip: full needs the norm of the whole step's gradient, which train.execution: project never "
-            "holds over several micro-batches. Use optimizer.clip: applied or tensor, or train.execution: plain."
+            "holds over several micro-batches or processes. Use optimizer.clip: applied or tensor, or train.execution: plain."
         )
     return None
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch.distributed as dist
+
 from lowmem.optim.engine import LowMemOptimizer, accumulator_dtype
 from lowmem.recipe.execution_choice import Clip, Mode, Requested, Situation, chosen_mode, objection
 from lowmem.run.accumulate import ProjectInBackward
@@ -32,7 +34,9 @@ def situation_of(
     optimizer: LowMemOptimizer, *, micro_batches: int, clip: Clip, max_norm: float | None
 ) -> Situation:
     rules = [optimizer.rule_of(p, group) for group in optimizer.param_groups for p in group["params"]]
-    return Situation(any(rule.is_projected for rule in rules), micro_batches, clip, max_norm is not None)
+    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    is_projected = any(rule.is_projected for rule in rules)
+    return Situation(is_projected, micro_batches, clip, max_norm is not None, processes)
 
 
 def gradient_bytes(optimizer: LowMemOptimizer, mode: Mode, *, micro_batches: int) -> int:
