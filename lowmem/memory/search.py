@@ -24,7 +24,7 @@ LONGEST, LARGEST_BATCH = 2**20, 2**12
 
 @dataclass(frozen=True)
 class Found:
-    """What one method reaches on a card with the chunked loss."""
+    """What one method reaches on a card with the leanest execution and the chunked loss."""
 
     method: str
     """An optimizer's name, or one of BASELINES."""
@@ -40,10 +40,10 @@ def search(
 ) -> list[Found]:
     """Every optimizer and baseline, with and without activation checkpointing, without accumulation.
 
-    The recipe's own optimizer keeps its settings; another one shares those that it has too. A recipe with
-    `lora` is searched with its adapters.
+    The recipe's own optimizer keeps its settings; another one shares those that it has too. Each gradient is used
+    and freed as it arrives, so it is clipped by itself. A recipe with `lora` is searched with its adapters.
     """
-    recipe = _with_train(recipe, gradient_accumulation_steps=1, loss="chunked")
+    recipe = leanest_execution(recipe)
     methods: dict[str, Method] = {
         name: recipe_method(with_optimizer(recipe, name), architecture, on_cuda=True)
         for name in optimizer_table()
@@ -56,6 +56,12 @@ def search(
         for name, method in methods.items()
         for on in (False, True)
     ]
+
+
+def leanest_execution(recipe: Recipe) -> Recipe:
+    """The recipe with one micro-batch, chunked loss, and each gradient clipped by itself, so `auto` takes fused."""
+    recipe = replace(recipe, optimizer=replace(recipe.optimizer, clip="tensor"))
+    return _with_train(recipe, gradient_accumulation_steps=1, loss="chunked", execution="auto")
 
 
 def _found(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lowmem.errors import RefusedError
 from lowmem.memory.architecture import Architecture
 from lowmem.memory.cards import fits, margin_bytes
 from lowmem.memory.estimate import estimate
@@ -60,9 +61,10 @@ def changes_that_fit(
     """Single changes of the recipe with each of which it fits the card; where there is none, one combination.
 
     Nothing is worth suggesting for a recipe that fits: then the list is empty. A number is the largest that
-    fits; rows are cut to less than a quarter only where nothing else is left. The combination is made in a
-    fixed order, the least harmful change first, and holds none that it could do without; the list is empty
-    where even all of them together do not fit.
+    fits; rows are cut to less than a quarter only where nothing else is left. Keys that only do something
+    together are one change. The combination is made in a fixed order, the least harmful change first, and
+    holds none that it could do without; the list is empty where even all of them together do not fit.
+    Raises RefusedError for a recipe whose execution cannot do what it asks for.
 
     planned_reserved_bytes: what a simulation of the recipe as it is found; every estimate is then corrected by
     the factor between the two.
@@ -71,7 +73,7 @@ def changes_that_fit(
     if planned_reserved_bytes is not None:
         factor = planned_reserved_bytes / estimate(recipe, architecture, masked=masked).reserved_bytes
     changes = _Changes(recipe, architecture, card_bytes, masked, factor)
-    if changes.fitting({}) is not None:
+    if fits(changes.of({}).reserved_bytes, card_bytes):
         return []
     singles = [found for keys in changes.singles() if (found := changes.fitting(keys)) is not None]
     return singles or changes.combination()
@@ -91,11 +93,15 @@ class _Changes:
     """Of what a simulation reserves to what the formulas do."""
 
     def fitting(self, keys: Keys) -> Change | None:
-        """The change, if the recipe fits with it."""
-        found = self._with(keys)
+        """The change, if the recipe is possible and fits with it."""
+        try:
+            found = self.of(keys)
+        except RefusedError:
+            return None
         return found if fits(found.reserved_bytes, self.card_bytes) else None
 
-    def _with(self, keys: Keys) -> Change:
+    def of(self, keys: Keys) -> Change:
+        """The change, whether it is enough or not. Raises RefusedError where it makes the recipe impossible."""
         needed = estimate(with_keys(self.recipe, keys), self.architecture, masked=self.masked)
         overrides = [f"{key}={_written(value)}" for key, value in keys.items()]
         return Change(overrides, needed.peak_bytes, round(self.factor * needed.reserved_bytes))
@@ -104,16 +110,16 @@ class _Changes:
         return self.fitting(keys) is not None
 
     def _room(self, keys: Keys) -> int:
-        return margin_bytes(self._with(keys).reserved_bytes, self.card_bytes)
+        return margin_bytes(self.of(keys).reserved_bytes, self.card_bytes)
 
     def singles(self) -> Iterator[Keys]:
         yield from self._free_of_charge()
+        yield from self._freed_gradients()
         yield from self._fewer_rows()
+        yield from self._fewer_micro_batches()
         yield from self._shorter({}, at_least=self._tolerable_length)
         yield from self._smaller_rank()
-        yield from ({"optimizer.name": name} for name in self._leaner())
-        if self.recipe.lora is None:
-            yield {"lora.r": 16}
+        yield from self._harmful()
 
     def _free_of_charge(self) -> Iterator[Keys]:
         """Changes that leave the training what it is."""
@@ -121,6 +127,40 @@ class _Changes:
             yield {"train.activation_checkpointing": True}
         if self.recipe.train.loss == "plain":
             yield {"train.loss": "chunked"}
+        yield from ([self._leanest_execution] if self._leanest_execution else [])
+
+    @property
+    def _leanest_execution(self) -> Keys:
+        return {} if self.recipe.train.execution == "auto" else {"train.execution": "auto"}
+
+    @property
+    def _no_global_clipping(self) -> Keys:
+        """Without it the norm of all gradients is asked for, so all of them must be there."""
+        clips = self.recipe.train.max_grad_norm is not None and self.recipe.optimizer.clip != "tensor"
+        return {"optimizer.clip": "tensor"} if clips else {}
+
+    def _freed_gradients(self) -> Iterator[Keys]:
+        """Each gradient used and freed as it arrives, from one micro-batch of as many rows as the step has now."""
+        train = self.recipe.train
+        keys = {**self._leanest_execution, **self._no_global_clipping}
+        if train.gradient_accumulation_steps > 1:
+            rows = train.per_device_batch_size * train.gradient_accumulation_steps
+            yield {
+                "train.gradient_accumulation_steps": 1,
+                "train.per_device_batch_size": rows,
+                **keys,
+            }
+        elif self._no_global_clipping:
+            yield keys
+
+    def _fewer_micro_batches(self) -> Iterator[Keys]:
+        """The same with the rows of a micro-batch."""
+        if self.recipe.train.gradient_accumulation_steps > 1:
+            yield {
+                "train.gradient_accumulation_steps": 1,
+                **self._leanest_execution,
+                **self._no_global_clipping,
+            }
 
     def _fewer_rows(self) -> Iterator[Keys]:
         key, now = "train.per_device_batch_size", self.recipe.train.per_device_batch_size
@@ -173,13 +213,18 @@ class _Changes:
 
     def _harmless(self) -> Iterator[Keys]:
         yield from self._free_of_charge()
+        if self.recipe.train.gradient_accumulation_steps == 1:
+            yield from self._freed_gradients()
         if self.recipe.train.per_device_batch_size > 1:
             yield {"train.per_device_batch_size": 1}
+        yield from self._fewer_micro_batches()
 
     def _harmful(self) -> Iterator[Keys]:
-        yield from ({"optimizer.name": name} for name in self._leaner())
+        """Another optimizer or adapters, which a recipe that asks for projected gradients may not have."""
+        beside = self._leanest_execution if self.recipe.train.execution == "project" else {}
+        yield from ({"optimizer.name": name, **beside} for name in self._leaner())
         if self.recipe.lora is None:
-            yield {"lora.r": 16}
+            yield {"lora.r": 16, **beside}
 
     def _without_needless(self, keys: Keys) -> Change:
         for key in reversed(list(keys)):
@@ -197,6 +242,8 @@ def with_keys(recipe: Recipe, keys: Keys) -> Recipe:
         section, _, name = key.partition(".")
         if key == "optimizer.name":
             recipe = with_optimizer(recipe, value)
+        elif key == "optimizer.clip":
+            recipe = replace(recipe, optimizer=replace(recipe.optimizer, clip=value))
         elif section == "optimizer":
             settings = {**recipe.optimizer.settings, name: value}
             recipe = replace(recipe, optimizer=replace(recipe.optimizer, settings=settings))

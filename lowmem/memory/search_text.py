@@ -37,6 +37,8 @@ def search_text(document: dict[str, Any]) -> str:
     notes = [
         f"Fits {document['gpu']} ({size(document['gpu_bytes'])}): {at['model']}, {at['dtype']}, chunked loss, no "
         "accumulation. The longest row is in tokens at batch 1; the other columns are the most rows of that length.",
+        "lowmem's optimizers use and free each gradient as it arrives (train.execution: auto takes fused), which "
+        "needs optimizer.clip: tensor or train.max_grad_norm: null.",
         f"Does not fit at any length: {', '.join(without)}." if without else "",
         "By formula; lowmem plan without --search simulates one recipe operator by operator.",
     ]

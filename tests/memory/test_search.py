@@ -10,7 +10,7 @@ import pytest
 from lowmem.memory.architecture import Architecture
 from lowmem.memory.cards import fits
 from lowmem.memory.estimate import BASELINES, estimate, estimate_baseline
-from lowmem.memory.search import changes_that_fit, search
+from lowmem.memory.search import changes_that_fit, leanest_execution, search
 from lowmem.memory.search_changes import LENGTH_STEP, largest, with_optimizer
 from lowmem.optim.registry import OPTIMIZERS
 from lowmem.recipe.load import load_recipe
@@ -87,8 +87,9 @@ def test_every_method_is_searched_with_and_without_recomputation(recipe):
 def test_what_is_found_fits_and_one_more_does_not(recipe, gib):
     card = gib * GIB
     for found in search(recipe, LLAMA_32_1B, card):
-        train = replace(recipe.train, loss="chunked", activation_checkpointing=found.activation_checkpointing)
-        work = replace(recipe, train=train)
+        lean = leanest_execution(recipe)
+        train = replace(lean.train, activation_checkpointing=found.activation_checkpointing)
+        work = replace(lean, train=train)
 
         def needs(tokens: int, rows: int, found=found, work=work, train=train) -> int:
             sized = replace(work, train=replace(train, per_device_batch_size=rows))
@@ -176,3 +177,68 @@ def test_a_simulation_that_found_more_makes_the_suggestions_stricter(recipe):
 
 def test_nothing_is_suggested_where_nothing_helps(recipe):
     assert changes_that_fit(recipe, LLAMA_32_1B, 2 * GIB) == []
+
+
+def written(changes) -> list[list[str]]:
+    return [change.overrides for change in changes]
+
+
+def card_between(needed: int, leaner: int) -> int:
+    """A card that the second fits and the first does not."""
+    card = next(size for size in range(GIB, 80 * GIB, 2**24) if fits(leaner, size))
+    assert not fits(needed, card)
+    return card
+
+
+def test_gradients_that_are_freed_as_they_arrive_are_suggested_before_smaller_batches(file):
+    recipe = load_recipe(file, ["train.loss=chunked", "train.activation_checkpointing=true"])
+    leaner = load_recipe(
+        file, ["train.loss=chunked", "train.activation_checkpointing=true", "optimizer.clip=tensor"]
+    )
+    found, freed = (estimate(each, LLAMA_32_1B) for each in (recipe, leaner))
+    assert (found.conditions["execution"], freed.conditions["execution"]) == ("plain", "fused")
+    card = card_between(found.reserved_bytes, freed.reserved_bytes)
+    assert written(changes_that_fit(recipe, LLAMA_32_1B, card))[0] == ["optimizer.clip=tensor"]
+
+
+def test_micro_batches_are_put_together_where_that_frees_more_gradients_than_it_keeps_activations(file):
+    overrides = ["train.loss=chunked", "train.activation_checkpointing=true", "data.max_length=512"]
+    overrides += [
+        "train.per_device_batch_size=1",
+        "train.gradient_accumulation_steps=2",
+        "optimizer.clip=tensor",
+    ]
+    recipe = load_recipe(file, overrides)
+    together = ["train.gradient_accumulation_steps=1", "train.per_device_batch_size=2"]
+    freed = estimate(load_recipe(file, [*overrides, *together]), LLAMA_32_1B).reserved_bytes
+    card = card_between(estimate(recipe, LLAMA_32_1B).reserved_bytes, freed)
+    assert written(changes_that_fit(recipe, LLAMA_32_1B, card))[0] == together
+
+
+def test_the_recipes_own_execution_is_questioned(file):
+    overrides = ["optimizer.name=galore", "train.loss=chunked", "train.activation_checkpointing=true"]
+    overrides += ["data.max_length=512", "train.per_device_batch_size=1"]
+    recipe = load_recipe(file, [*overrides, "train.execution=plain"])
+    projected = estimate(load_recipe(file, overrides), LLAMA_32_1B)
+    assert projected.conditions["execution"] == "project"
+    card = card_between(estimate(recipe, LLAMA_32_1B).reserved_bytes, projected.reserved_bytes)
+    assert written(changes_that_fit(recipe, LLAMA_32_1B, card))[0] == ["train.execution=auto"]
+
+
+def test_a_change_that_the_execution_cannot_go_with_takes_it_along(file):
+    overrides = ["optimizer.name=galore", "optimizer.rank=16", "train.execution=project"]
+    recipe = load_recipe(file, [*overrides, "train.loss=chunked", "train.activation_checkpointing=true"])
+    needed = estimate(recipe, LLAMA_32_1B).reserved_bytes
+    changes = written(changes_that_fit(recipe, LLAMA_32_1B, needed))
+    assert changes
+    for change in changes:
+        estimate(load_recipe(file, [*overrides, "train.loss=chunked", *change]), LLAMA_32_1B)
+        if change[0].startswith(("optimizer.name", "lora")):
+            assert change[1:] == ["train.execution=auto"]
+
+
+def test_a_search_frees_each_gradient_as_it_arrives(recipe):
+    lean = leanest_execution(recipe)
+    for name in OPTIMIZERS:
+        found = estimate(with_optimizer(lean, name), LLAMA_32_1B, sequence_length=512)
+        assert found.conditions["execution"] == "fused"
