@@ -45,7 +45,8 @@ def objection(mode: Mode, at: Situation) -> str | None:
     if mode == "project" and at.clips and at.clip == "full" and at.micro_batches * at.processes > 1:
         return (
             "optimizer.clip: full needs the norm of the whole step's gradient, which train.execution: project never "
-            "holds over several micro-batches or processes. Use optimizer.clip: applied or tensor, or train.execution: plain."
+            "holds over several micro-batches or processes. Use optimizer.clip: applied or tensor, or "
+            "train.execution: plain."
         )
     return None
 
