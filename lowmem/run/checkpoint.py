@@ -33,9 +33,7 @@ def step_of(checkpoint: Path) -> int | None:
 def checkpoints_in(folder: Path) -> list[Path]:
     """Every folder named checkpoint-<step> that holds something, oldest first, damaged ones too."""
     found = [path for path in folder.glob(CHECKPOINT_PREFIX + "*") if step_of(path) is not None]
-    return sorted(
-        (path for path in found if path.is_dir() and any(path.iterdir())), key=lambda path: step_of(path) or 0
-    )
+    return sorted((path for path in found if _holds_something(path)), key=lambda path: step_of(path) or 0)
 
 
 def seal(folder: Path, *, step: int) -> None:
@@ -45,7 +43,10 @@ def seal(folder: Path, *, step: int) -> None:
 
 def verify(checkpoint: Path, *, checksums: bool = True) -> Manifest:
     """Raises DamagedError when `checkpoint` is not what was saved as this step."""
-    manifest = verify_files(checkpoint, checksums=checksums)
+    try:
+        manifest = verify_files(checkpoint, checksums=checksums)
+    except OSError as error:  # such as that of a folder which another process sets aside meanwhile
+        raise DamagedError(f"{error.filename or checkpoint} cannot be read ({error.strerror})") from error
     if manifest.step != step_of(checkpoint):
         raise DamagedError(f"{MANIFEST} belongs to step {manifest.step}")
     return manifest
@@ -128,6 +129,13 @@ def set_aside_(checkpoint: Path) -> Path:
         place = checkpoint.with_name(f"damaged-{checkpoint.name}-{number}")
     os.rename(checkpoint, place)
     return place
+
+
+def _holds_something(folder: Path) -> bool:
+    try:
+        return any(folder.iterdir())
+    except OSError:
+        return False  # a file, or gone
 
 
 def _is_optimizer_state(name: str) -> bool:

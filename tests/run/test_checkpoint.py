@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +63,7 @@ def test_checkpoints_are_in_the_order_of_their_steps_and_other_folders_are_none(
     for name in ("checkpoint-", "checkpoint-x", "checkpoint-5", "damaged-checkpoint-7", ".saving"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-6").touch()
+    (tmp_path / "checkpoint-8").symlink_to(tmp_path / "gone")
     assert [step_of(path) for path in checkpoints_in(tmp_path)] == [9, 10, 100]
 
 
@@ -83,6 +85,13 @@ def test_the_newest_without_damage_is_chosen_and_the_reasons_name_the_files(tmp_
         "checkpoint-3: trainer_state.json is missing",
         "checkpoint-2: manifest.json is missing",
     ]
+
+
+def test_a_checkpoint_that_goes_away_while_it_is_verified_is_damaged_and_no_crash(tmp_path, monkeypatch):
+    folder = make(tmp_path, 1)
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: iter(os.scandir(tmp_path / "gone")))
+    with pytest.raises(DamagedError, match=r"gone cannot be read \(No such file or directory\)"):
+        verify(folder)
 
 
 def test_a_renamed_checkpoint_is_not_taken_for_another_step(tmp_path):
