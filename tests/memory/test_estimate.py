@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from lowmem.data.batches import collate
-from lowmem.errors import RecipeError
+from lowmem.errors import RecipeError, RefusedError
 from lowmem.hf.adamw_variants import adamw_variants
 from lowmem.hf.planned_batches import planned_batch
 from lowmem.hf.simulated_run import simulate_run
@@ -112,13 +112,20 @@ def recipe(
 
 
 def simulated(
-    config: dict, work: Recipe, *, full_rows: bool = False, on_cuda: bool = False, optimizer_of=None
+    config: dict,
+    work: Recipe,
+    *,
+    full_rows: bool = False,
+    on_cuda: bool = False,
+    optimizer_of=None,
+    refreshes: bool = False,
 ):
-    """Two steps of the real code on fake tensors: one that makes the state and one that has it."""
+    """Steps of the real code on fake tensors: one that makes the state, one that has it, one that `refreshes`."""
     batch = planned_batch(work, full_rows=full_rows)
     return simulate_run(
         work,
-        [[batch] * work.train.gradient_accumulation_steps] * 2,
+        [[batch] * work.train.gradient_accumulation_steps] * (3 if refreshes else 2),
+        refresh=refreshes,
         on_cuda=on_cuda,
         config=AutoConfig.for_model(**config),
         optimizer_of=optimizer_of,
@@ -142,11 +149,18 @@ def assert_agrees(found, run, *, of_the_rest: float = 0.01) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "checkpointing"),
-    [*((name, False) for name in FAMILIES), *((name, True) for name in ("qwen3", "olmo2", "granite"))],
+    ("model_type", "checkpointing", "layers"),
+    [
+        ("llama", False, 4),
+        ("qwen3", True, 4),
+        ("olmo2", True, 2),
+        ("granite", True, 2),
+        *((name, False, 2) for name in FAMILIES if name not in ("llama", "mistral")),
+        pytest.param("mistral", False, 2, marks=pytest.mark.slow),
+    ],
 )
-def test_every_family_agrees_with_its_simulation(model_type, checkpointing):
-    config = {**SMALL, "model_type": model_type, "num_hidden_layers": 4}
+def test_every_family_agrees_with_its_simulation(model_type, checkpointing, layers):
+    config = {**SMALL, "model_type": model_type, "num_hidden_layers": layers}
     work = recipe("sgd", per_device_batch_size=2, activation_checkpointing=checkpointing)
     assert_agrees(estimate(work, Architecture.from_config(config), on_cuda=False), simulated(config, work))
 
@@ -170,11 +184,90 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+SLOW_VARIANTS = ("whole logits in float32", "several tiles in float32", "adapters in float32", "accumulation")
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_VARIANTS else []) for name in VARIANTS],
+)
 def test_every_way_to_train_agrees_with_its_simulation(variant):
     config = {**SMALL, "model_type": "llama"}
     work = recipe("sgd", **VARIANTS[variant])
     assert_agrees(estimate(work, Architecture.from_config(config), on_cuda=False), simulated(config, work))
+
+
+RANK = {"rank": 32}
+EXECUTIONS = {
+    "fused": (recipe("sgd_sai", execution="fused"), "backward"),
+    "fused, accumulation": (
+        recipe("adamw", execution="fused", gradient_accumulation_steps=3, activation_checkpointing=True),
+        "backward",
+    ),
+    "fused, low rank": (
+        recipe("galore", settings=RANK, execution="fused", activation_checkpointing=True),
+        "backward",
+    ),
+    "projected": (
+        recipe("galore", settings=RANK, execution="project", per_device_batch_size=2),
+        "backward",
+    ),
+    "projected, accumulation": (
+        recipe(
+            "galore",
+            settings={**RANK, "accumulator": "fp32"},
+            execution="project",
+            gradient_accumulation_steps=2,
+            per_device_batch_size=2,
+            activation_checkpointing=True,
+        ),
+        "backward",
+    ),
+    "projected, all refreshed in one step": (
+        recipe(
+            "galore",
+            settings={**RANK, "stagger": False, "refresh_every": 2},
+            execution="project",
+            gradient_accumulation_steps=2,
+        ),
+        "backward",
+    ),
+    "projected at the boundary": (
+        recipe("galore", settings=RANK, max_grad_norm=1.0, tokens=64, activation_checkpointing=True),
+        "optimizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EXECUTIONS)
+def test_every_execution_agrees_with_its_simulation(case):
+    work, phase = EXECUTIONS[case]
+    config = {**SMALL, "model_type": "llama", "num_hidden_layers": 4 if case == "fused, low rank" else 2}
+    found = estimate(work, Architecture.from_config(config), on_cuda=False)
+    assert_agrees(found, simulated(config, work, refreshes=case.startswith("projected,")), of_the_rest=0.02)
+    assert found.phase == phase
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("execution", ["plain", "project", "fused"])
+def test_every_execution_agrees_at_real_widths(execution, accumulation):
+    work = recipe(
+        "galore",
+        tokens=512,
+        execution=execution,
+        gradient_accumulation_steps=accumulation,
+        activation_checkpointing=True,
+    )
+    config = {**LLAMA_2_7B, "num_hidden_layers": 2}
+    run = simulated(config, work, on_cuda=True, refreshes=True)
+    assert_agrees(estimate(work, Architecture.from_config(config)), run, of_the_rest=0.04)
+
+
+def test_an_execution_that_cannot_do_what_is_asked_for_is_refused_as_a_run_refuses_it():
+    architecture = Architecture.from_config({**SMALL, "model_type": "llama"})
+    with pytest.raises(RefusedError, match="optimizer.clip: tensor"):
+        estimate(recipe(execution="fused", max_grad_norm=1.0), architecture)
 
 
 @pytest.mark.parametrize("name", ["adamw_fused", "adamw_foreach", "adamw_fused_backward"])
