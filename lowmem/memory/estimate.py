@@ -1,8 +1,8 @@
 """The memory of a training step by formula: a second instead of a simulation, and no torch.
 
 Weights, gradients and optimizer state are sums over the parameters (`estimate_method.py`); activations come
-from a tape of sizes (`activation_profile.py`). Together they make three moments that can be the fullest:
-forward, backward, and the optimizer's update with all gradients and all state there.
+from a tape of sizes (`activation_profile.py`). Together they make the moments that can be the fullest: each kind
+of micro-batch that the step's execution has (`execution_formulas.py`), and the optimizer's update after the last.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ def estimate(
 ) -> Estimate:
     """One training step of `recipe` on rows of `sequence_length` tokens (data.max_length where it is None).
 
-    masked: attention needs an explicit mask, for padding or packing. on_cuda: CUDA's workspaces are added.
-    Raises RecipeError for a target that matches nothing.
+    masked: attention needs an explicit mask, for padding or packing. on_cuda: CUDA's workspaces are added, and
+    gradients of what was used several times are added up in place. Raises RecipeError for a target that matches
+    nothing, RefusedError for an execution that cannot do what is asked for.
     """
     method = recipe_method(recipe, architecture, on_cuda=on_cuda)
     return estimate_method(
