@@ -17,16 +17,14 @@ def plan_of_measured_steps(
 ) -> Measured | str:
     """A simulation of `steps`, the recorded micro-batches, or in words why there is none.
 
-    Of many micro-batches the first and the longest are simulated: the others make nothing that is new. A
-    failure here is told and does not undo a run that is done.
+    Of many micro-batches the first, the longest and the last are simulated: the others make nothing that is
+    new. A failure here is told and does not undo a run that is done.
     """
     if not steps:
         return "no step was recorded"
     if world_size > 1:
         return "the buffers of data parallel training are not simulated yet"
-    chosen = [
-        list(step) if len(step) <= SIMULATED_MICRO_BATCHES else _first_and_longest(step) for step in steps
-    ]
+    chosen = [list(step) if len(step) <= SIMULATED_MICRO_BATCHES else _telling(step) for step in steps]
     left_out = max(_nbytes(step) - _nbytes(kept) for step, kept in zip(steps, chosen, strict=True))
     try:
         return simulate_run(recipe, chosen, on_cuda=on_cuda, batches_left_out_bytes=left_out).measured
@@ -34,9 +32,9 @@ def plan_of_measured_steps(
         return f"the simulation failed: {type(error).__name__}: {error}"
 
 
-def _first_and_longest(step: Sequence[Batch]) -> list[Batch]:
-    first, *others = step
-    return [first, max(others, key=lambda batch: batch["input_ids"].numel())]
+def _telling(step: Sequence[Batch]) -> list[Batch]:
+    first, *others, last = step
+    return [first, max(others, key=lambda batch: batch["input_ids"].numel()), last]
 
 
 def _nbytes(step: Sequence[Batch]) -> int:

@@ -17,6 +17,7 @@ from lowmem.recipe.schema import Recipe
 
 SIMULATED_STEPS = 3  # the first, a later one, and one with a refresh
 SIMULATED_MICRO_BATCHES = 2  # one that makes the gradients and one that adds to them; more repeat the second
+WITH_A_MIDDLE_ONE = 3  # where the last micro-batch frees gradients that the one before it keeps
 LARGEST_SHARD_BYTES = 50 * 10**9  # transformers splits saved weights there
 
 
@@ -24,7 +25,8 @@ def simulated_plan(recipe: Recipe, *, full_rows: bool = False) -> SimulatedRun:
     """Simulate the recipe's first step, a later one, one with a refresh, and its evaluations, for CUDA."""
     batch = planned_batch(recipe, full_rows=full_rows)
     micro_batches = recipe.train.gradient_accumulation_steps
-    simulated = min(micro_batches, SIMULATED_MICRO_BATCHES)
+    wanted = WITH_A_MIDDLE_ONE if recipe.train.execution == "fused" else SIMULATED_MICRO_BATCHES
+    simulated = min(micro_batches, wanted)
     rows = recipe.eval.batch_size or recipe.train.per_device_batch_size
     has_evaluation = recipe.data.eval is not None
     answers = replace(recipe, data=replace(recipe.data, packing=False))
