@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from lowmem.hf.atomic_folder import disk_faults_explained
+from lowmem.hf.atomic_folder import disk_faults_explained, write_atomically
 from lowmem.hf.baseline import measure_baselines
 from lowmem.hf.conditions import conditions
 from lowmem.hf.final_model import write_final_model
@@ -120,7 +120,7 @@ def report(findings: Findings) -> None:
             planned=planned,
         )
         with disk_faults_explained("memory.json", findings.folder.newest_checkpoint()):
-            findings.folder.memory.write_text(json.dumps(document, indent=2), encoding="utf-8")
+            write_atomically(findings.folder.memory, json.dumps(document, indent=2))
     written = write_report(findings.folder.path)
     if findings.folder.memory.is_file():
         findings.say(table(json.loads(findings.folder.memory.read_text(encoding="utf-8"))))

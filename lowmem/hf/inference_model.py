@@ -17,6 +17,8 @@ from lowmem.hf.model import load_model, load_tokenizer
 from lowmem.hf.run_folder import RunFolder
 from lowmem.recipe.load import load_recipe
 from lowmem.recipe.schema import ModelRecipe, Recipe
+from lowmem.run.checkpoint import verify
+from lowmem.run.checkpoint_manifest import DamagedError
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -63,6 +65,12 @@ def trained_weights(folder: RunFolder) -> Path:
             f"{folder.path} holds neither a final model nor a checkpoint. Train it to the end with save.model: true "
             "(lowmem train), or name a recipe to look at the model before training."
         )
+    try:
+        verify(newest)
+    except DamagedError as damage:
+        raise RecipeError(
+            f"{newest} is damaged: {damage} lowmem train goes on from the last good one."
+        ) from damage
     print(f"{folder.path} has no final model yet; using {newest.name}", file=sys.stderr)
     return newest
 

@@ -18,7 +18,6 @@ from lowmem.recipe.schema import Recipe
 SIMULATED_STEPS = 3  # the first, a later one, and one with a refresh
 SIMULATED_MICRO_BATCHES = 2  # one that makes the gradients and one that adds to them; more repeat the second
 WITH_A_MIDDLE_ONE = 3  # where the last micro-batch frees gradients that the one before it keeps
-LARGEST_SHARD_BYTES = 50 * 10**9  # transformers splits saved weights there
 
 
 def simulated_plan(recipe: Recipe, *, full_rows: bool = False) -> SimulatedRun:
@@ -45,11 +44,11 @@ def simulated_plan(recipe: Recipe, *, full_rows: bool = False) -> SimulatedRun:
 def checkpoint_of(recipe: Recipe, run: SimulatedRun) -> Checkpoint:
     """Sizes without the few kilobytes of configuration, tokenizer and counters.
 
-    On the host, safetensors keeps a copy of all weights of a shard while it writes them from a GPU.
+    Tensors are written one after the other, so the host holds a copy of one at a time.
     """
     weights = run.weights_bytes if recipe.lora is None else run.trained_bytes
     model = 0 if not recipe.save.model else run.weights_bytes if recipe.save.merge_lora else weights
-    return Checkpoint(weights + run.state_bytes, model, min(weights, LARGEST_SHARD_BYTES))
+    return Checkpoint(weights + run.state_bytes, model, run.largest_tensor_bytes)
 
 
 def planned_conditions(recipe: Recipe, run: SimulatedRun, *, full_rows: bool) -> dict[str, object]:

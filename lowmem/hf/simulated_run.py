@@ -44,6 +44,7 @@ class SimulatedRun:
     weights_bytes: int
     trained_bytes: int
     state_bytes: int
+    largest_tensor_bytes: int
     notes: list[str]
 
 
@@ -102,6 +103,7 @@ def simulate_run(
                 weights_bytes=model_bytes(model),
                 trained_bytes=trainable_bytes(model),
                 state_bytes=optimizer.state_bytes() if isinstance(optimizer, LowMemOptimizer) else 0,
+                largest_tensor_bytes=max(param.nbytes for param in params),
                 notes=notes,
             )
 
