@@ -10,9 +10,9 @@ from transformers.trainer_callback import TrainerState
 from lowmem.errors import FaultError, RecipeError, RefusedError
 from lowmem.hf.ending import Findings, evaluate_at_the_end, let_go, report, save_final_model
 from lowmem.hf.interrupt import EXIT_CODE, Interrupt
+from lowmem.hf.out_of_memory import out_of_memory_advice
 from lowmem.hf.run_folder import STATE_FILE, step_of
 from lowmem.hf.setup import Run, prepare_run
-from lowmem.memory.wording import size
 from lowmem.recipe.schema import Recipe
 
 DONE = 0
@@ -80,21 +80,3 @@ def train_to_the_end(run: Run) -> bool:
         run.say("Run the same command again to continue.")
         return False
     return True
-
-
-def out_of_memory_advice(recipe: Recipe, error: RuntimeError) -> str:
-    """What to change, nearest first, of what the recipe has not done yet."""
-    advice = []
-    if not recipe.train.activation_checkpointing:
-        advice.append("train.activation_checkpointing=true")
-    if recipe.train.loss != "chunked":
-        advice.append("train.loss=chunked")
-    if recipe.train.per_device_batch_size > 1:
-        advice.append("a smaller train.per_device_batch_size with more train.gradient_accumulation_steps")
-    advice.append(f"a data.max_length below {recipe.data.max_length}")
-    if recipe.lora is None:
-        advice.append("lora: {r: 16}")
-    free_bytes, total_bytes = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
-    card = f" (the card has {size(total_bytes)}, {size(free_bytes)} free now)" if total_bytes else ""
-    first_line = str(error).splitlines()[0]
-    return f"The device is out of memory{card}: {first_line} Try, in this order: {'; '.join(advice)}."

@@ -1,0 +1,62 @@
+"""What to tell someone whose device was too small: what the plan says was needed, and what would fit."""
+
+from __future__ import annotations
+
+import torch
+
+from lowmem.errors import LowMemError
+from lowmem.hf.plan import plan
+from lowmem.memory.ledger import PARTS
+from lowmem.memory.plan_document import MemoryPlan
+from lowmem.memory.wording import PART_NAMES, size
+from lowmem.recipe.schema import Recipe
+
+CHANGES = 3
+
+
+def card_memory() -> tuple[int, int] | None:
+    """(free, all) bytes of the GPU, None without one."""
+    return torch.cuda.mem_get_info() if torch.cuda.is_available() else None
+
+
+def out_of_memory_advice(recipe: Recipe, error: RuntimeError) -> str:
+    """The first line of `error`, the planned parts, and the cheapest changes that would fit the card.
+
+    Where the formulas do not know the model, or find that it should have fitted, what usually helps, nearest first.
+    """
+    memory = card_memory()
+    card = f" (the card has {size(memory[1])}, {size(memory[0])} free now)" if memory else ""
+    found = f"The device is out of memory{card}: {str(error).splitlines()[0]}"
+    try:
+        planned = plan(recipe, gpu=f"{memory[1]}B" if memory else None, formula=True)
+    except LowMemError:
+        return f"{found} Try, in this order: {'; '.join(_usual_advice(recipe))}."
+    changes = [" ".join(change["overrides"]) for change in planned.document["changes_that_fit"]][:CHANGES]
+    would = (
+        f"Would fit: {'; '.join(changes)}"
+        if changes
+        else f"Try, in this order: {'; '.join(_usual_advice(recipe))}"
+    )
+    return f"{found} {_parts(planned)} {would}. lowmem plan says more."
+
+
+def _parts(planned: MemoryPlan) -> str:
+    parts = ", ".join(
+        f"{PART_NAMES[part]} {size(planned.parts[part])}" for part in PARTS if planned.parts[part]
+    )
+    return f"By plan the training step needs {size(planned.peak_bytes)}: {parts}."
+
+
+def _usual_advice(recipe: Recipe) -> list[str]:
+    """What to change, nearest first, of what the recipe has not done yet."""
+    advice = []
+    if not recipe.train.activation_checkpointing:
+        advice.append("train.activation_checkpointing=true")
+    if recipe.train.loss != "chunked":
+        advice.append("train.loss=chunked")
+    if recipe.train.per_device_batch_size > 1:
+        advice.append("a smaller train.per_device_batch_size with more train.gradient_accumulation_steps")
+    advice.append(f"a data.max_length below {recipe.data.max_length}")
+    if recipe.lora is None:
+        advice.append("lora: {r: 16}")
+    return advice
