@@ -263,6 +263,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
         self._known: dict[Tensor, set[str]] = {}
         self._places: dict[Tensor, tuple[str, int, int]] = {}
         self._refreshed: dict[Tensor, int] = {}
+        self.failed_refreshes: dict[str, int] = {}
+        """How often the decomposition of a parameter's gradient did not converge, by name."""
         self._skips = False
         self.projected: dict[Tensor, Tensor] = {}
         """Gradients of the step under way in the rule's subspace; their parameters hold no `.grad`."""
@@ -310,7 +312,14 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
     def _context(self, param: Tensor, group: dict[str, Any], step: int, known: set[str]) -> Context:
         name, index, count = self.place_of(param)
-        return Context(step=step, name=name, seed=group["seed"], known=known, index=index, count=count)
+
+        def failed(reason: str) -> None:
+            self.failed_refreshes[name] = self.failed_refreshes.get(name, 0) + 1
+            log.warning("step %d: the old basis of %s stays: %s", step, name, reason)
+
+        return Context(
+            step=step, name=name, seed=group["seed"], known=known, index=index, count=count, on_failure=failed
+        )
 
     def place_of(self, param: Tensor) -> tuple[str, int, int]:
         """Name, where the caller gave one, else made of its place; which of its group it is; of how many."""

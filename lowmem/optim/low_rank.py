@@ -36,8 +36,8 @@ class LowRank(Rule):
       keep    leave them (the authors' code)
       reset   zero them and restart inner's step count
       rotate  express them in the new basis through C = P_new^T P_old
-    A gradient that is zero or not finite cannot give a basis: the old one stays, and where there is
-    none yet the next step tries again.
+    A gradient that is zero or not finite, or whose decomposition does not converge, cannot give a basis:
+    the old one stays, and where there is none yet the next step tries again.
 
     Source: Zhao et al., "GaLore", arXiv:2403.03507.
     """
@@ -75,7 +75,11 @@ class LowRank(Rule):
         largest = largest_magnitude(grad)
         if not ctx.ask(torch.isfinite(largest) & (largest > 0), assume=True):
             return changed
-        P = self._fit(_wide(grad), P_old if has_basis else None, ctx)
+        try:
+            P = self._fit(_wide(grad), P_old if has_basis else None, ctx)
+        except torch.linalg.LinAlgError as error:
+            ctx.failed(str(error))
+            return changed
         ctx.remember(BASIS)
         if has_basis and self.on_refresh == "rotate":
             changed = self.inner.change_basis(

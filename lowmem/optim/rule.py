@@ -8,7 +8,7 @@ state format, and any way of executing a step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -49,7 +49,17 @@ Direction = Tensor | Factors
 class Context:
     """What a rule may know about the step it is part of; never the learning rate."""
 
-    def __init__(self, *, step: int, name: str, seed: int, known: set[str], index: int = 0, count: int = 1):
+    def __init__(
+        self,
+        *,
+        step: int,
+        name: str,
+        seed: int,
+        known: set[str],
+        index: int = 0,
+        count: int = 1,
+        on_failure: Callable[[str], None] | None = None,
+    ):
         self.step = step
         """Updates of this parameter including this one: 1 at its first."""
         self.name = name
@@ -57,6 +67,7 @@ class Context:
         self.index, self.count = index, count
         """Which parameter of its group this is, and of how many."""
         self._known = known
+        self._on_failure = on_failure
 
     def generator(self, device: torch.device, purpose: str) -> torch.Generator:
         """Random numbers fixed by (seed, parameter name, step, purpose): the same after a resume."""
@@ -79,8 +90,19 @@ class Context:
     def at_step(self, step: int) -> Context:
         """The same context with another step number, for a rule inside a rule."""
         return Context(
-            step=step, name=self.name, seed=self.seed, known=self._known, index=self.index, count=self.count
+            step=step,
+            name=self.name,
+            seed=self.seed,
+            known=self._known,
+            index=self.index,
+            count=self.count,
+            on_failure=self._on_failure,
         )
+
+    def failed(self, reason: str) -> None:
+        """Have it counted that a decomposition did not converge and that what was there before stays."""
+        if self._on_failure is not None:
+            self._on_failure(reason)
 
 
 class Rule:

@@ -107,7 +107,8 @@ class OptimizerRecipe:
         "are), of the whole gradients, or each parameter's gradient by itself, to its share",
     )
     refresh_from: Literal["boundary", "first_micro_batch"] = key(
-        "boundary", "whose gradient a basis that is due is fitted to; the first basis comes from the first micro-batch"
+        "boundary",
+        "whose gradient a basis that is due is fitted to; the first basis comes from the first micro-batch",
     )
     fallback: dict[str, Any] | None = key(
         None, "another optimizer, {name: ..., its settings}, for embeddings, head, norms and biases"

@@ -160,3 +160,31 @@ def test_it_agrees_with_galore_torch_where_that_is_right():
         ours.grad, theirs.grad = grad, grad.clone()
         a.step(), b.step()
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_decomposition_that_does_not_converge_keeps_the_old_basis_and_is_counted(monkeypatch, caplog):
+    weight = torch.nn.Parameter(torch.randn(12, 20, generator=torch.Generator().manual_seed(0)))
+    optimizer = GaLore([("mlp.weight", weight)], lr=1e-2, rank=4, refresh_every=2, projection="svd")
+
+    def step(number: int) -> None:
+        weight.grad = torch.randn(12, 20, generator=torch.Generator().manual_seed(number))
+        optimizer.step()
+
+    for number in range(2):
+        step(number)
+    basis = optimizer.state[weight]["basis"].clone()
+
+    def fails(*args, **kwargs):
+        raise torch.linalg.LinAlgError("linalg.svd: the algorithm failed to converge")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(torch.linalg, "svd", fails)
+        before = weight.detach().clone()
+        step(2)
+    assert torch.equal(optimizer.state[weight]["basis"], basis)
+    assert not torch.equal(weight, before), "the step itself is made"
+    assert optimizer.failed_refreshes == {"mlp.weight": 1}
+    assert "the old basis of mlp.weight stays: linalg.svd" in caplog.text
+    step(3)
+    step(4)
+    assert not torch.equal(optimizer.state[weight]["basis"], basis)
