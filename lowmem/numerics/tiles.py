@@ -79,3 +79,13 @@ def largest_magnitude(x: Tensor) -> Tensor:
     """max |x| as a scalar tensor, without a copy of `x`. NaN where x holds a NaN."""
     low, high = torch.aminmax(x)
     return torch.maximum(low.abs(), high.abs())
+
+
+def matching_parts(param: Tensor, grad: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Flat slices of a parameter and its gradient; the whole tensor where its memory has gaps."""
+    if not (param.is_contiguous() and grad.is_contiguous()):
+        yield slice(None), param, grad
+        return
+    flat_param, flat_grad = param.view(-1), grad.view(-1)
+    for part in flat_slices(param.numel()):
+        yield part, flat_param[part], flat_grad[part]

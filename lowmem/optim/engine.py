@@ -15,20 +15,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowmem.numerics import tiles
 from lowmem.numerics.seeding import seeded_generator
+from lowmem.numerics.tiles import matching_parts
 from lowmem.optim import registry
+from lowmem.optim.param_groups import check_params, drop_settings_of_others_, filled_group
 from lowmem.optim.rule import Context, Rule, Shape
-from lowmem.optim.settings import did_you_mean, settings_of
-from lowmem.optim.storage import WHOLE, Float, LoadedState, storage_for
+from lowmem.optim.storage import WHOLE, Float, LoadedState, accumulator_dtype, storage_for
 from lowmem.optim.torch_kernels import step_with_torch_
 from lowmem.optim.writeback import write_
 
 log = logging.getLogger("lowmem")
-
-_FOREIGN_KEYS = {"params", "param_names", "algorithm", "name", "swa_lr"}
-_SHARED_SETTINGS = ("lr", "weight_decay", "rounding", "seed")
-_SCHEDULER_KEYS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
 
 
 class LowMemOptimizer(torch.optim.Optimizer):
@@ -69,48 +65,17 @@ class LowMemOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, but settings are checked and an unknown one is an error."""
         owner = registry.optimizer_class(param_group.get("algorithm", self.algorithm))
-        settings = settings_of(owner)
-        for name in param_group:
-            if name not in settings and name not in _FOREIGN_KEYS | _SCHEDULER_KEYS:
-                raise ValueError(
-                    f"{owner.algorithm} has no setting {name!r}{did_you_mean(name, settings)} "
-                    f"Settings: {', '.join(settings)}"
-                )
-        filled = {**self._defaults_for(owner), "algorithm": owner.algorithm, **param_group}
-        for name, setting in settings.items():
-            value = filled[name]
-            if name == "lr" and isinstance(value, Tensor) and value.numel() == 1:
-                value = value.item()
-            if problem := setting.problem(value):
-                raise ValueError(f"{owner.algorithm}: {name} {problem}")
+        filled = filled_group(
+            owner, param_group, self.defaults, of_own_algorithm=owner.algorithm == self.algorithm
+        )
         super().add_param_group(filled)
-        for name in set(filled) - set(settings) - _FOREIGN_KEYS - _SCHEDULER_KEYS:
-            del filled[name]  # torch fills in the defaults of the optimizer's own algorithm
-        self._check_params(owner, filled)
+        drop_settings_of_others_(owner, filled)
+        check_params(owner, filled["params"], filled)
         owner.settle_groups(self.param_groups)
-
-    def _defaults_for(self, owner: type[LowMemOptimizer]) -> dict[str, Any]:
-        """A group's settings before its own: the optimizer's where they share the algorithm, else that one's."""
-        shared = settings_of(owner) if owner.algorithm == self.algorithm else _SHARED_SETTINGS
-        own = {name: setting.default for name, setting in settings_of(owner).items()}
-        return {**own, **{name: self.defaults[name] for name in shared}}
 
     @staticmethod
     def settle_groups(groups: list[dict[str, Any]]) -> None:
         """Derive what depends on all parameters at once; called after each added group."""
-
-    def _check_params(self, owner: type[LowMemOptimizer], group: dict[str, Any]) -> None:
-        remarks: dict[str, int] = {}
-        for param in group["params"]:
-            if param.is_complex() or not param.is_floating_point():
-                raise ValueError(
-                    f"{owner.algorithm} needs real floating-point parameters, found {param.dtype}"
-                )
-            owner.rule(group, tuple(param.shape))
-            if (remark := owner.remark(group, tuple(param.shape))) is not None:
-                remarks[remark] = remarks.get(remark, 0) + 1
-        for remark, count in remarks.items():
-            log.warning("%s: %s (%d of %d parameters)", owner.algorithm, remark, count, len(group["params"]))
 
     # ---------------------------------------------------------------- stepping
 
@@ -165,7 +130,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
             whole.save_(changed, rounding)
             write_(param, direction, lr=lr, weight_decay=weight_decay, generator=rounding)
             return
-        for part, weight, slice_of_grad in _parts(param, grad):
+        for part, weight, slice_of_grad in matching_parts(param, grad):
             state = LoadedState(stored, codecs, rule.slots(tuple(param.shape)), part)
             direction, changed = rule.update(slice_of_grad.float(), state, ctx)
             write_(weight, direction, lr=lr, weight_decay=weight_decay, generator=rounding)
@@ -330,18 +295,3 @@ class LowMemOptimizer(torch.optim.Optimizer):
                 places = ((name, index, len(params)) for index, name in enumerate(names))
                 self._places.update(zip(params, places, strict=True))
         return self._places[param]
-
-
-def accumulator_dtype(chosen: str, param_dtype: torch.dtype) -> torch.dtype:
-    """What projected gradients are added up in."""
-    return param_dtype if chosen == "param" else {"bf16": torch.bfloat16, "fp32": torch.float32}[chosen]
-
-
-def _parts(param: Tensor, grad: Tensor) -> Iterable[tuple[slice, Tensor, Tensor]]:
-    """Flat slices of a parameter and its gradient; the whole tensor where its memory has gaps."""
-    if not (param.is_contiguous() and grad.is_contiguous()):
-        yield WHOLE, param, grad
-        return
-    flat_param, flat_grad = param.view(-1), grad.view(-1)
-    for part in tiles.flat_slices(param.numel()):
-        yield part, flat_param[part], flat_grad[part]

@@ -77,6 +77,11 @@ def storage_for(role: Role, formats: Mapping[str, str], param_dtype: torch.dtype
     return Float(dtype, stochastic=role != "basis")
 
 
+def accumulator_dtype(chosen: str, param_dtype: torch.dtype) -> torch.dtype:
+    """What projected gradients are added up in."""
+    return param_dtype if chosen == "param" else {"bf16": torch.bfloat16, "fp32": torch.float32}[chosen]
+
+
 class LoadedState(Mapping[str, Tensor]):
     """A parameter's state as the rule sees it: float32, loaded when asked for, optionally one flat slice."""
 

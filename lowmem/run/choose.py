@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from lowmem.optim.engine import LowMemOptimizer, accumulator_dtype
+from lowmem.optim.engine import LowMemOptimizer
+from lowmem.optim.storage import accumulator_dtype
 from lowmem.recipe.execution_choice import Clip, Mode, Requested, Situation, chosen_mode, objection
 from lowmem.run.accumulate import ProjectInBackward
 from lowmem.run.execution import Execution
