@@ -11,6 +11,9 @@ from lowmem.recipe.suggest import closest_answer
 CONTEXT_BYTES = 6 * 2**30 // 10
 """What the CUDA context takes beside the allocator, taken high."""
 
+CUBLAS_BYTES = 32 * 2**20
+"""cuBLAS's workspace, allocated by the first matrix product through PyTorch's allocator and kept: an allowance."""
+
 USABLE = 0.97
 """The part of a card that a process gets: drivers keep a little of the nominal size."""
 

@@ -13,14 +13,12 @@ from typing import Any
 from lowmem.memory.activation_operators import Work
 from lowmem.memory.activation_profile import Profile, profile
 from lowmem.memory.architecture import Architecture
+from lowmem.memory.cards import CUBLAS_BYTES
 from lowmem.memory.estimate_method import BASELINES, Method, baseline_method, recipe_method
 from lowmem.memory.ledger import PARTS, Part, Phase
 from lowmem.recipe.schema import Recipe
 
 __all__ = ["BASELINES", "Estimate", "estimate", "estimate_baseline", "estimate_method"]
-
-CUBLAS_BYTES = 32 * 2**20
-"""cuBLAS's workspace, as `lowmem.memory.workspaces` states it."""
 
 ALLOWANCE = 0.05
 """Part of the peak for blocks of the caching allocator that are free and fit nothing. With memory to spare it

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CUBLAS_BYTES = 32 * 2**20
-"""Allocated by the first matrix product through PyTorch's allocator and kept."""
+from lowmem.memory.cards import CUBLAS_BYTES
+
+__all__ = ["CUBLAS_BYTES", "cuda_workspace_bytes"]
 
 _FLOAT32 = 4
 

@@ -112,10 +112,14 @@ def methods(*wanted: str, overrides: tuple[str, ...] = ()) -> dict[str, tuple[st
 def test_another_optimizer_has_its_defaults_and_the_recipes_rate() -> None:
     found = methods("adamw,sgd_sai:lr=3e-5,momentum=0.8", overrides=("optimizer.target=[mlp]",))
     assert list(found) == ["recipe", "adamw", "sgd_sai:lr=3e-5,momentum=0.8"]
-    variant, adamw = found["adamw"]
-    assert variant is None
-    kept = {name: adamw[name] for name in ("name", "target", "fallback", "settings")}
-    assert kept == {"name": "adamw", "target": ["mlp"], "fallback": None, "settings": {"lr": 1e-3}}
+    own = {
+        "name": "adamw",
+        "target": ["mlp"],
+        "clip": "applied",
+        "refresh_from": "boundary",
+        "fallback": None,
+    }
+    assert found["adamw"] == (None, {**own, "settings": {"lr": 1e-3}})
     assert found["sgd_sai:lr=3e-5,momentum=0.8"][1]["settings"] == {"lr": 3e-5, "momentum": 0.8}
 
 
