@@ -40,6 +40,7 @@ from lowmem.hf.trainer import LowMemTrainer
 from lowmem.hf.training_arguments import training_arguments
 from lowmem.memory.measure import meter_for
 from lowmem.memory.owners import owned_bytes
+from lowmem.numerics.held_weights import numel_of
 from lowmem.recipe.load import load_recipe
 from lowmem.recipe.schema import Recipe
 
@@ -163,8 +164,8 @@ def _conditions(model: torch.nn.Module, device: torch.device) -> dict[str, Any]:
     """What only a process that has the model knows of the conditions."""
     params = list(model.parameters())
     return {
-        "parameters": sum(param.numel() for param in params),
-        "trained_parameters": sum(param.numel() for param in params if param.requires_grad),
+        "parameters": sum(numel_of(param) for param in params),
+        "trained_parameters": sum(numel_of(param) for param in params if param.requires_grad),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }

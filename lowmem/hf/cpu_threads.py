@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from lowmem.numerics.held_weights import numel_of
+
 TINY_PARAMETERS = 4_000_000
 
 
@@ -20,6 +22,6 @@ def use_one_thread_for_tiny_model(model: nn.Module, say: Callable[[str], object]
     params = list(model.parameters())
     if params[0].device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() == 1:
         return
-    if sum(param.numel() for param in params) < TINY_PARAMETERS:
+    if sum(numel_of(param) for param in params) < TINY_PARAMETERS:
         torch.set_num_threads(1)
         say("threads: 1, which suits a model this small; OMP_NUM_THREADS sets another number")

@@ -22,6 +22,7 @@ from lowmem.hf.run_folder import RunFolder
 from lowmem.hf.setup import Run, Say
 from lowmem.memory.measure import Measured
 from lowmem.memory.report import memory_document, table, write_report
+from lowmem.numerics.held_weights import numel_of
 from lowmem.recipe.schema import Recipe
 
 
@@ -50,8 +51,8 @@ def conditions_of(run: Run) -> dict[str, Any]:
     device = run.args.device
     return conditions(
         run.recipe,
-        parameters=sum(param.numel() for param in params),
-        trained_parameters=sum(param.numel() for param in params if param.requires_grad),
+        parameters=sum(numel_of(param) for param in params),
+        trained_parameters=sum(numel_of(param) for param in params if param.requires_grad),
         sequence_length=run.batches.longest_sequence(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         world_size=run.args.world_size,

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowmem.errors import FaultError, RecipeError
+from lowmem.numerics.held_weights import numel_of
 from lowmem.recipe.schema import LoraRecipe
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def add_lora(model: PreTrainedModel, recipe: LoraRecipe, *, seed: int = 0) -> Pe
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """How many values of `model` are trained, and how many there are, tied ones counted once."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    sizes = [(numel_of(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
 
 

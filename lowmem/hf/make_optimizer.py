@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lowmem.errors import RecipeError
+from lowmem.numerics.held_weights import nbytes_of
 from lowmem.optim import LowMemOptimizer, build_optimizer
 from lowmem.recipe.schema import Recipe
 
@@ -21,9 +22,9 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> LowMemOptimizer:
 
 def trainable_bytes(model: nn.Module) -> int:
     """Bytes of the parameters that an optimizer updates."""
-    return sum(param.nbytes for param in model.parameters() if param.requires_grad)
+    return sum(nbytes_of(param) for param in model.parameters() if param.requires_grad)
 
 
 def model_bytes(model: nn.Module) -> int:
     """Bytes of all parameters; a tied one counts once."""
-    return sum(param.nbytes for param in model.parameters())
+    return sum(nbytes_of(param) for param in model.parameters())

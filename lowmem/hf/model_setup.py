@@ -16,6 +16,7 @@ from lowmem.hf.cpu_threads import use_one_thread_for_tiny_model
 from lowmem.hf.lora import add_lora
 from lowmem.hf.model import load_model
 from lowmem.hf.packing_probe import refuse_leaking_model
+from lowmem.numerics.held_weights import numel_of
 from lowmem.recipe.schema import Recipe
 
 Batch = dict[str, Tensor]
@@ -81,7 +82,7 @@ def model_summary(model: PreTrainedModel | PeftModel) -> str:
     """Class, parameters, how many are trained, dtype and device, in one line."""
     params = list(model.parameters())
     total, trained = (
-        sum(p.numel() for p in some) for some in (params, [p for p in params if p.requires_grad])
+        sum(numel_of(p) for p in some) for some in (params, [p for p in params if p.requires_grad])
     )
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     dtype = str(params[0].dtype).removeprefix("torch.")

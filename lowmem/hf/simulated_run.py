@@ -24,6 +24,7 @@ from lowmem.hf.training_arguments import training_arguments
 from lowmem.memory.plan_document import Moment
 from lowmem.memory.readings import Measured
 from lowmem.memory.simulate import SimulatedMeter, Simulation
+from lowmem.numerics.held_weights import nbytes_of, numel_of
 from lowmem.optim.engine import LowMemOptimizer
 from lowmem.optim.without_values import pretend_until_refresh_
 from lowmem.recipe.schema import Recipe
@@ -98,12 +99,12 @@ def simulate_run(
             return SimulatedRun(
                 measured=meter.measured(),
                 moments=meter.moments,
-                parameters=sum(param.numel() for param in params),
-                trained_parameters=sum(param.numel() for param in params if param.requires_grad),
+                parameters=sum(numel_of(param) for param in params),
+                trained_parameters=sum(numel_of(param) for param in params if param.requires_grad),
                 weights_bytes=model_bytes(model),
                 trained_bytes=trainable_bytes(model),
                 state_bytes=optimizer.state_bytes() if isinstance(optimizer, LowMemOptimizer) else 0,
-                largest_tensor_bytes=max(param.nbytes for param in params),
+                largest_tensor_bytes=max(nbytes_of(param) for param in params),
                 notes=notes,
             )
 

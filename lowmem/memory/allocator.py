@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lowmem.memory.ledger import PARTS, Part, Phase, rounded
 from lowmem.memory.owners import owned_bytes
 from lowmem.memory.readings import Measured, Reading, over_steps
+from lowmem.numerics.held_weights import grad_of
 
 
 class Allocator(Protocol):
@@ -131,11 +132,11 @@ class AllocatorMeter:
         owned = self._owned()
 
         def landed(param: Tensor) -> None:
-            if param.grad is not None:
-                owned["gradients"] += rounded(param.grad.untyped_storage().nbytes())
+            if (grad := grad_of(param)) is not None:
+                owned["gradients"] += rounded(grad.untyped_storage().nbytes())
             step.read(owned)
 
-        waiting = [p for p in self._model.parameters() if p.requires_grad and p.grad is None]
+        waiting = [p for p in self._model.parameters() if p.requires_grad and grad_of(p) is None]
         handles = [param.register_post_accumulate_grad_hook(landed) for param in waiting]
         try:
             with step.in_phase("backward"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.memory.ledger import ALLOCATION_BYTES, Part, rounded
+from lowmem.numerics.held_weights import grad_of
 
 
 def owned_tensors(
@@ -24,8 +25,8 @@ def owned_tensors(
     for name, buffer in model.named_buffers():
         yield "weights", buffer, name
     for param, name in names.items():
-        if param.grad is not None:
-            yield "gradients", param.grad, f"gradient of {name}"
+        if (grad := grad_of(param)) is not None:
+            yield "gradients", grad, f"gradient of {name}"
     if optimizer is not None:
         for param, projected in getattr(optimizer, "projected", {}).items():
             yield "gradients", projected, f"projected gradient of {names.get(param, 'a parameter')}"

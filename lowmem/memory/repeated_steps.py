@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lowmem.memory.ledger import Ledger, Life
+from lowmem.numerics.held_weights import drop_grad_, grad_of
 from lowmem.optim.engine import LowMemOptimizer
 from lowmem.optim.without_values import count_step_, know_as_, make_state_, step_key
 
@@ -50,13 +51,13 @@ class RepeatedSteps:
         optimizer.project_grad_ = self._project  # type: ignore[method-assign]
 
     def _step(self, param: Tensor, group: dict[str, Any]) -> None:
-        if param.grad is not None or param in self._optimizer.projected:
+        if grad_of(param) is not None or param in self._optimizer.projected:
             self._at(self._optimizer.place_of(param)[0])
             if self._once("step", param, group, lambda: self._step_param(param, group)):
                 count_step_(self._optimizer, param, group)
 
     def _project(self, param: Tensor, group: dict[str, Any], *, dtype: torch.dtype | None = None) -> None:
-        if param.grad is not None:
+        if grad_of(param) is not None:
             self._once(
                 f"project to {dtype}", param, group, lambda: self._project_grad_(param, group, dtype=dtype)
             )
@@ -82,7 +83,7 @@ class RepeatedSteps:
         """Storages of `param` that may outlive or be freed by a call, and what they are."""
         held = {STATE: list(self._optimizer.state[param].values())}
         held[PROJECTED] = [each for each in [self._optimizer.projected.get(param)] if each is not None]
-        held[GRADIENT] = [] if param.grad is None else [param.grad]
+        held[GRADIENT] = [each for each in [grad_of(param)] if each is not None]
         return {tensor.untyped_storage()._cdata: kind for kind, tensors in held.items() for tensor in tensors}
 
     def _described(self, ledger: Ledger, start: int, owned: dict[int, str], param: Tensor) -> _Update | None:
@@ -112,7 +113,7 @@ class RepeatedSteps:
             elif kind == STATE:
                 make_state_(optimizer, param, group)
             elif kind == GRADIENT:
-                param.grad = None
+                drop_grad_(param)
             elif change < 0:
                 optimizer.projected.pop(param, None)
             else:

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem.memory.ledger import ALLOCATION_BYTES, PHASES, Fullest, Ledger, Life, Part, Phase, rounded
 from lowmem.memory.owners import storages_of
+from lowmem.numerics.held_weights import grad_of
 
 _CERTAIN: tuple[Part, ...] = ("weights", "gradients", "optimizer_state")
 
@@ -120,9 +121,9 @@ class ByteTracker(TorchDispatchMode):
         self.ledger.at(self._phase, place)
 
     def note_gradient(self, param: Tensor) -> None:
-        """`param.grad` has just landed, and may be gone by the end of the phase."""
-        if param.grad is not None:
-            self._see(param.grad, born=True, part="gradients")
+        """The gradient of `param` has just landed, and may be gone by the end of the phase."""
+        if (grad := grad_of(param)) is not None:
+            self._see(grad, born=True, part="gradients")
 
     def __enter__(self) -> ByteTracker:
         self._ask_owners(born=False)
@@ -218,8 +219,8 @@ class ByteTracker(TorchDispatchMode):
     def _before_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for group in optimizer.param_groups:
             for param in group["params"]:
-                if param.grad is not None:
-                    self._see(param.grad, born=True, part="gradients")
+                if (grad := grad_of(param)) is not None:
+                    self._see(grad, born=True, part="gradients")
 
     def _ask_owners(self, *, born: bool) -> None:
         for part, tensor, name in self._owners():

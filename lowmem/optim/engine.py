@@ -9,20 +9,21 @@ call `project_grad_`, which makes the first half of that (refresh?, project) and
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lowmem.numerics.held_weights import drop_grad_, grad_of, held_weight, numel_of, shape_of
 from lowmem.numerics.seeding import seeded_generator
-from lowmem.numerics.tiles import matching_parts
 from lowmem.optim import registry
 from lowmem.optim.param_groups import check_params, drop_settings_of_others_, filled_group
 from lowmem.optim.rule import Context, Rule, Shape
 from lowmem.optim.storage import WHOLE, Float, LoadedState, accumulator_dtype, storage_for
 from lowmem.optim.torch_kernels import step_with_torch_
-from lowmem.optim.writeback import write_
+from lowmem.optim.writeback import parts_of, write_
 
 log = logging.getLogger("lowmem")
 
@@ -71,6 +72,9 @@ class LowMemOptimizer(torch.optim.Optimizer):
         super().add_param_group(filled)
         drop_settings_of_others_(owner, filled)
         check_params(owner, filled["params"], filled)
+        for param in filled["params"]:
+            if (held := held_weight(param)) is not None:
+                held.trainer = weakref.ref(self)
         owner.settle_groups(self.param_groups)
 
     @staticmethod
@@ -92,27 +96,36 @@ class LowMemOptimizer(torch.optim.Optimizer):
         if self._skips:
             self._skips = False
             self.projected.clear()
+            self._drop_held_gradients()
             return loss
         for group in self.param_groups:
             for param in group["params"]:
                 self.step_param(param, group)
+        self._drop_held_gradients()
         return loss
+
+    def _drop_held_gradients(self) -> None:
+        """A Trainer's `model.zero_grad()` knows `.grad` alone, so those beside it are freed when they were used."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if (held := held_weight(param)) is not None:
+                    held.grad = None
 
     @torch.no_grad()
     def step_param(self, param: Tensor, group: dict[str, Any]) -> None:
         """Update one parameter from what was projected of its gradient, or from `.grad`; else do nothing."""
-        projected, grad = self.projected.pop(param, None), param.grad
-        if param.numel() == 0 or (grad is None and projected is None):
+        projected, grad = self.projected.pop(param, None), grad_of(param)
+        if numel_of(param) == 0 or (grad is None and projected is None):
             return
         rule = self.rule_of(param, group)
         stored = self._stored(param, group, rule)
         ctx = self._next_context(param, group)
         lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
         rounding = self._rounding(param, group, ctx, "rounding")
-        codecs = self._codecs(param, group, rule)
-        whole = LoadedState(stored, codecs, rule.slots(tuple(param.shape)), WHOLE)
+        codecs, shape = self._codecs(param, group, rule), shape_of(param)
+        whole = LoadedState(stored, codecs, rule.slots(shape), WHOLE)
         if projected is not None:
-            direction, changed = rule.update_projected(projected.float(), tuple(param.shape), whole, ctx)
+            direction, changed = rule.update_projected(projected.float(), shape, whole, ctx)
             whole.save_(changed, rounding)
             write_(param, direction, lr=lr, weight_decay=weight_decay, generator=rounding)
             return
@@ -121,8 +134,10 @@ class LowMemOptimizer(torch.optim.Optimizer):
             raise ValueError("sparse gradients are not supported; use torch.nn.Embedding(sparse=False)")
         self._refresh(param, group, rule, whole, ctx)
         exact = rounding is None or param.dtype in (torch.float32, torch.float64)
-        if exact and step_with_torch_(
-            rule, param, grad, stored, step=ctx.step, lr=lr, weight_decay=weight_decay
+        if (
+            exact
+            and held_weight(param) is None
+            and step_with_torch_(rule, param, grad, stored, step=ctx.step, lr=lr, weight_decay=weight_decay)
         ):
             return
         if rule.scope == "matrix":
@@ -130,10 +145,10 @@ class LowMemOptimizer(torch.optim.Optimizer):
             whole.save_(changed, rounding)
             write_(param, direction, lr=lr, weight_decay=weight_decay, generator=rounding)
             return
-        for part, weight, slice_of_grad in matching_parts(param, grad):
-            state = LoadedState(stored, codecs, rule.slots(tuple(param.shape)), part)
+        for part, slice_of_grad, write_part_ in parts_of(param, grad):
+            state = LoadedState(stored, codecs, rule.slots(shape), part)
             direction, changed = rule.update(slice_of_grad.float(), state, ctx)
-            write_(weight, direction, lr=lr, weight_decay=weight_decay, generator=rounding)
+            write_part_(direction, lr=lr, weight_decay=weight_decay, generator=rounding)
             state.save_(changed, rounding)
 
     @torch.no_grad()
@@ -145,14 +160,14 @@ class LowMemOptimizer(torch.optim.Optimizer):
         The first gradient of a step refreshes the basis where one is due. `dtype` is that of a new
         `projected[param]`, by default the group's `accumulator`.
         """
-        grad = param.grad
-        if grad is None or param.numel() == 0:
+        grad = grad_of(param)
+        if grad is None or numel_of(param) == 0:
             return
         rule, whole = self.rule_of(param, group), self._loaded(param, group)
         if param not in self.projected:
             self._refresh(param, group, rule, whole, self.coming_context(param, group))
         projected = rule.project(grad, whole)
-        param.grad = None
+        drop_grad_(param)
         if param in self.projected:
             self.projected[param].add_(projected)
         else:
@@ -170,14 +185,15 @@ class LowMemOptimizer(torch.optim.Optimizer):
         self, param: Tensor, group: dict[str, Any], rule: Rule, whole: LoadedState, ctx: Context
     ) -> None:
         if rule.needs_refresh(ctx) and self._refreshed.get(param) != ctx.step:
-            assert param.grad is not None
-            whole.save_(rule.refresh(param.grad, whole, ctx), self._rounding(param, group, ctx, "refresh"))
+            grad = grad_of(param)
+            assert grad is not None
+            whole.save_(rule.refresh(grad, whole, ctx), self._rounding(param, group, ctx, "refresh"))
             self._refreshed[param] = ctx.step
 
     def _loaded(self, param: Tensor, group: dict[str, Any]) -> LoadedState:
         """The whole state of a parameter, made where there is none yet."""
         rule = self.rule_of(param, group)
-        slots = rule.slots(tuple(param.shape))
+        slots = rule.slots(shape_of(param))
         return LoadedState(self._stored(param, group, rule), self._codecs(param, group, rule), slots, WHOLE)
 
     def skip_next_step(self) -> None:
@@ -187,6 +203,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         self.projected.clear()
+        self._drop_held_gradients()
 
     # ---------------------------------------------------------------- state
 
@@ -199,11 +216,11 @@ class LowMemOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             owner = registry.optimizer_class(group["algorithm"])
             for param in group["params"]:
-                if not param.requires_grad or param.numel() == 0:
+                if not param.requires_grad or numel_of(param) == 0:
                     continue
-                rule = owner.rule(group, tuple(param.shape))
+                rule = owner.rule(group, shape_of(param))
                 codecs = self._codecs(param, group, rule)
-                slots = rule.slots(tuple(param.shape))
+                slots = rule.slots(shape_of(param))
                 total += sum(codecs[name].nbytes(slot) for name, slot in slots.items()) + 4  # and `step`
         return total
 
@@ -235,7 +252,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         """Gradients of the step under way in the rule's subspace; their parameters hold no `.grad`."""
 
     def rule_of(self, param: Tensor, group: dict[str, Any]) -> Rule:
-        return registry.optimizer_class(group["algorithm"]).rule(group, tuple(param.shape))
+        return registry.optimizer_class(group["algorithm"]).rule(group, shape_of(param))
 
     def _rounding(
         self, param: Tensor, group: dict[str, Any], ctx: Context, purpose: str
@@ -248,7 +265,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         stored = self.state[param]
         if not stored:
             codecs = self._codecs(param, group, rule)
-            for name, slot in rule.slots(tuple(param.shape)).items():
+            for name, slot in rule.slots(shape_of(param)).items():
                 stored[name] = codecs[name].allocate(slot, param.device)
             stored["step"] = torch.zeros((), dtype=torch.float32)
             self._steps[param] = 0
@@ -259,7 +276,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         formats = group["storage"] or {}
         return {
             name: storage_for(slot.role, formats, param.dtype)
-            for name, slot in rule.slots(tuple(param.shape)).items()
+            for name, slot in rule.slots(shape_of(param)).items()
         }
 
     def _next_context(self, param: Tensor, group: dict[str, Any]) -> Context:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowmem.numerics.held_weights import held_weight, numel_of, shape_of
+
 
 def target_names(model: nn.Module, target: Sequence[str]) -> set[str]:
     """Names of the weights of linear layers (and 3-D expert weights) whose path contains one of `target`.
@@ -42,7 +44,7 @@ def split_for_decay(
     decayed: list[tuple[str, Tensor]] = []
     plain: list[tuple[str, Tensor]] = []
     for name, param in named:
-        (decayed if param.dim() >= 2 else plain).append((name, param))
+        (decayed if len(shape_of(param)) >= 2 else plain).append((name, param))
     return decayed, plain
 
 
@@ -75,6 +77,8 @@ def model_groups(
 def _is_matrix_layer(module: nn.Module, param: Tensor) -> bool:
     if isinstance(module, nn.Embedding):
         return False
+    if held_weight(param) is not None:
+        return hasattr(module, "in_features")
     return (
         param.dim() == 2 and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
     ) or param.dim() == 3
@@ -84,7 +88,9 @@ def _head_weight(model: nn.Module) -> Tensor | None:
     """The weight of a Hugging Face model's output head, by identity, so that tied ones are found too."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
-    return head.weight if isinstance(head, nn.Linear) else None
+    weight = getattr(head, "weight", None)
+    is_linear = isinstance(head, nn.Linear) or (weight is not None and held_weight(weight) is not None)
+    return weight if is_linear else None
 
 
 def _no_match(model: nn.Module, unmatched: list[str]) -> str:
@@ -103,4 +109,4 @@ def _no_match(model: nn.Module, unmatched: list[str]) -> str:
 
 def parameter_count(params: Iterable[torch.Tensor]) -> int:
     """Elements of all `params`."""
-    return sum(param.numel() for param in params)
+    return sum(numel_of(param) for param in params)

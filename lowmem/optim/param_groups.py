@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lowmem.numerics.held_weights import shape_of
 from lowmem.optim.settings import did_you_mean, settings_of
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ def check_params(owner: type[LowMemOptimizer], params: Iterable[Tensor], group: 
     for param in params:
         if param.is_complex() or not param.is_floating_point():
             raise ValueError(f"{owner.algorithm} needs real floating-point parameters, found {param.dtype}")
-        owner.rule(group, tuple(param.shape))
-        if (remark := owner.remark(group, tuple(param.shape))) is not None:
+        owner.rule(group, shape_of(param))
+        if (remark := owner.remark(group, shape_of(param))) is not None:
             remarks[remark] = remarks.get(remark, 0) + 1
     for remark, count in remarks.items():
         log.warning("%s: %s (%d of %d parameters)", owner.algorithm, remark, count, len(params))

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lowmem.numerics.held_weights import grad_of, numel_of, shape_of
 from lowmem.optim import registry
 from lowmem.optim.engine import LowMemOptimizer
 from lowmem.optim.rule import Rule
@@ -20,11 +21,11 @@ FARTHEST_REFRESH = 100_000  # steps; who refreshes less often does not refresh i
 def step_key(optimizer: LowMemOptimizer, param: Tensor, group: dict[str, Any]) -> Hashable:
     """What decides which tensors the next half or whole update of `param` makes: equal keys, equal bytes."""
     ctx = optimizer.coming_context(param, group)
-    tensors = (param, param.grad, optimizer.projected.get(param))
+    tensors = (param, grad_of(param), optimizer.projected.get(param))
     layouts = [None if each is None else (each.shape, each.stride(), each.dtype) for each in tensors]
     settings = {name: value for name, value in group.items() if name not in ("params", "param_names")}
     is_refresh = _rule(param, group).needs_refresh(ctx) and optimizer._refreshed.get(param) != ctx.step
-    return (repr(settings), *layouts, bool(optimizer.state[param]), is_refresh)
+    return (repr(settings), shape_of(param), *layouts, bool(optimizer.state[param]), is_refresh)
 
 
 def make_state_(optimizer: LowMemOptimizer, param: Tensor, group: dict[str, Any]) -> None:
@@ -64,7 +65,7 @@ def pretend_until_refresh_(optimizer: LowMemOptimizer) -> bool:
         if key not in coming:
             coming[key] = _next_refresh(optimizer, param, group, rule)
         if (step := coming[key]) is not None:
-            due[step] = due.get(step, 0) + param.numel()
+            due[step] = due.get(step, 0) + numel_of(param)
     if not due:
         return False
     fullest = max(due, key=lambda step: (due[step], -step))
@@ -84,4 +85,4 @@ def _next_refresh(optimizer: LowMemOptimizer, param: Tensor, group: dict[str, An
 
 
 def _rule(param: Tensor, group: dict[str, Any]) -> Rule:
-    return registry.optimizer_class(group["algorithm"]).rule(group, tuple(param.shape))
+    return registry.optimizer_class(group["algorithm"]).rule(group, shape_of(param))

@@ -6,18 +6,31 @@ slice, and rounded stochastically or to nearest.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from lowmem.numerics.held_weights import HeldWeight, held_weight
 from lowmem.numerics.rounding import bf16_stochastic
-from lowmem.numerics.tiles import row_slices
+from lowmem.numerics.tiles import matching_parts, row_slices
 from lowmem.optim.rule import Direction, Factors
+
+SLICES_START_AT = 256
+"""Slices of a weight start at multiples of this, so that blocks of low-bit state are never cut in two."""
 
 
 def write_(
     weight: Tensor, direction: Direction, *, lr: float, weight_decay: float, generator: torch.Generator | None
 ) -> None:
     """Subtract lr * direction and decay. `generator` rounds bfloat16 stochastically, None to nearest."""
+    if (held := held_weight(weight)) is not None:
+        for rows in held.row_slices():
+            _write_held_rows_(
+                direction, held=held, rows=rows, lr=lr, weight_decay=weight_decay, generator=generator
+            )
+        return
     if isinstance(direction, Factors):
         _write_factors_(weight, direction, lr=lr, weight_decay=weight_decay, generator=generator)
         return
@@ -59,3 +72,42 @@ def _store_(weight: Tensor, wide: Tensor, generator: torch.Generator | None) -> 
         weight.copy_(bf16_stochastic(wide, generator))
     else:
         weight.copy_(wide)
+
+
+WritePart = Callable[..., None]
+"""`write_` on a part of a weight: (direction of the part, lr=, weight_decay=, generator=)."""
+
+
+def parts_of(param: Tensor, grad: Tensor) -> Iterator[tuple[slice, Tensor, WritePart]]:
+    """(flat slice, the gradient's values in it, what writes a direction into it) of a weight, for element rules."""
+    held = held_weight(param)
+    if held is None:
+        for part, weight, values in matching_parts(param, grad):
+            yield part, values, partial(write_, weight)
+        return
+    columns = held.shape[1]
+    for rows in held.row_slices(multiple_of=SLICES_START_AT):
+        part = slice(rows.start * columns, rows.stop * columns)
+        yield part, grad[rows].reshape(-1), partial(_write_held_rows_, held=held, rows=rows, is_part=True)
+
+
+def _write_held_rows_(
+    direction: Direction,
+    *,
+    held: HeldWeight,
+    rows: slice,
+    lr: float,
+    weight_decay: float,
+    generator: torch.Generator | None,
+    is_part: bool = False,
+) -> None:
+    """Subtract the rows `rows` of a direction, or with `is_part` one that has these rows only."""
+    wide = held.load_rows(rows)
+    if isinstance(direction, Factors):
+        keep, subtract = 1 - lr * weight_decay, -lr * direction.scale
+        wide.addmm_(direction.left[rows], direction.right, beta=keep, alpha=subtract)
+    else:
+        if weight_decay:
+            wide.mul_(1 - lr * weight_decay)
+        wide.add_(direction.view_as(wide) if is_part else direction[rows], alpha=-lr)
+    held.store_rows_(rows, wide, generator)

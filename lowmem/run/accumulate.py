@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowmem.numerics.held_weights import grad_of
 from lowmem.run.execution import Execution, Mode
 
 
@@ -26,18 +27,20 @@ class ProjectInBackward(Execution):
             self._note_full_norm(param)
         ctx = self.optimizer.coming_context(param, self.group_of(param))
         if self.optimizer.rule_of(param, self.group_of(param)).needs_refresh(ctx):
-            self._reduce(param.grad)  # all processes fit the same basis
+            self._reduce(grad_of(param))  # all processes fit the same basis
         self.optimizer.project_grad_(param, self.group_of(param))
 
     def _note_full_norm(self, param: Tensor) -> None:
-        assert param.grad is not None
-        squares = torch.linalg.vector_norm(param.grad, dtype=torch.float32).square()
+        grad = grad_of(param)
+        assert grad is not None
+        squares = torch.linalg.vector_norm(grad, dtype=torch.float32).square()
         self._full_squares = squares if self._full_squares is None else self._full_squares + squares
 
     def _full_norm(self) -> Tensor | None:
         """Known where a step has one micro-batch, on one process: norms of parts of a sum do not add up."""
         if self._full_squares is None or self._processes > 1:
             return super()._full_norm()
-        whole = [param.grad for param in self._groups if param.grad is not None]
-        squares = [torch.linalg.vector_norm(grad, dtype=torch.float32).square() for grad in whole]
+        squares = [
+            torch.linalg.vector_norm(grad, dtype=torch.float32).square() for grad in self._whole_gradients()
+        ]
         return torch.stack([self._full_squares, *squares]).sum().sqrt()

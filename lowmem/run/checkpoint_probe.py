@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lowmem.numerics.held_weights import numel_of, shape_of
 from lowmem.optim import LowMemOptimizer, registry
 from lowmem.run.checkpoint_manifest import checksum_of_stream
 from lowmem.run.checkpoint_tensors import write_safetensors
@@ -33,13 +34,13 @@ def state_in_small(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         owner = registry.optimizer_class(group["algorithm"])
         for param, index in zip(group["params"], saved_group["params"], strict=True):
-            if not param.requires_grad or param.numel() == 0:
+            if not param.requires_grad or numel_of(param) == 0:
                 continue
-            rule = owner.rule(group, tuple(param.shape))
+            rule = owner.rule(group, shape_of(param))
             codecs = optimizer._codecs(param, group, rule)
             declared = {
                 name: codecs[name].allocate(slot, torch.device("meta"))
-                for name, slot in rule.slots(tuple(param.shape)).items()
+                for name, slot in rule.slots(shape_of(param)).items()
             }
             state[index] = _in_small({**declared, "step": torch.zeros((), dtype=torch.float32)})
     return {"state": state, "param_groups": saved["param_groups"]}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
+from lowmem.numerics.held_weights import grad_nbytes_of, shape_of
 from lowmem.optim.engine import LowMemOptimizer
 from lowmem.optim.storage import accumulator_dtype
 from lowmem.recipe.execution_choice import Clip, Mode, Requested, Situation, chosen_mode, objection
@@ -48,12 +49,12 @@ def gradient_bytes(optimizer: LowMemOptimizer, mode: Mode, *, micro_batches: int
             if not param.requires_grad:
                 continue
             rule = optimizer.rule_of(param, group)
-            largest = max(largest, param.nbytes)
+            largest = max(largest, grad_nbytes_of(param))
             if mode == "project" and rule.is_projected:
-                values = rule.projected_numel(tuple(param.shape))
+                values = rule.projected_numel(shape_of(param))
                 total += values * accumulator_dtype(group["accumulator"], param.dtype).itemsize
             else:
-                total += param.nbytes
+                total += grad_nbytes_of(param)
     return largest if mode == "fused" and micro_batches == 1 else total
 
 

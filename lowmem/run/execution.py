@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lowmem.errors import RefusedError
+from lowmem.numerics.held_weights import grad_of, numel_of
 from lowmem.optim.engine import LowMemOptimizer
 from lowmem.run.norms import clip_each_, clip_to_, norm_of
 
@@ -68,7 +69,7 @@ class Execution:
         self._groups = {
             param: number for number, group in enumerate(optimizer.param_groups) for param in group["params"]
         }
-        self._total_numel = sum(param.numel() for param in self._groups)
+        self._total_numel = sum(numel_of(param) for param in self._groups)
         self._handles: list[Any] = []
         self._is_first = self._is_last = True
         self._is_boundary_only = True
@@ -86,7 +87,7 @@ class Execution:
         mine = [param for param in trained if self.handles(param)]
         if self.frees_gradients and self._processes > 1 and len(mine) == len(trained):
             # A reducer refuses to have nothing to reduce: it keeps the smallest, which is stepped at the boundary.
-            smallest = min(mine, key=lambda param: param.numel())
+            smallest = min(mine, key=numel_of)
             mine = [param for param in mine if param is not smallest]
         hook = weakly(self._on_gradient)
         self._handles = [param.register_post_accumulate_grad_hook(hook) for param in mine]
@@ -117,7 +118,7 @@ class Execution:
 
     def first_not_finite(self) -> str | None:
         """The name of a parameter whose gradient, held or seen, is not finite."""
-        held = ((param, self.optimizer.projected.get(param, param.grad)) for param in self._groups)
+        held = ((param, self.optimizer.projected.get(param, grad_of(param))) for param in self._groups)
         broken = (p for p, grad in held if grad is not None and not bool(torch.isfinite(grad).all()))
         param = next(iter(self.not_finite), None)
         param = next(broken, None) if param is None else param
@@ -150,7 +151,7 @@ class Execution:
     def on_gradient(self, param: Tensor) -> None:
         """The gradient of a micro-batch has been added to `param.grad`."""
         if self._refreshes_from_this_micro_batch(param):
-            self._reduce(param.grad)
+            self._reduce(grad_of(param))
             self.optimizer.refresh_basis_(param, self.group_of(param))
 
     # ---------------------------------------------------------------- shared pieces
@@ -185,12 +186,15 @@ class Execution:
     def _project_rest(self) -> None:
         """Project what arrived whole, so that its norm is that of what is applied."""
         for param in self._groups:
-            if param.grad is not None and self.is_projected(param):
+            if grad_of(param) is not None and self.is_projected(param):
                 self.optimizer.project_grad_(param, self.group_of(param), dtype=torch.float32)
 
     def _held(self) -> list[Tensor]:
-        whole = [param.grad for param in self._groups if param.grad is not None]
-        return [*self.optimizer.projected.values(), *whole]
+        return [*self.optimizer.projected.values(), *self._whole_gradients()]
+
+    def _whole_gradients(self) -> list[Tensor]:
+        gradients = (grad_of(param) for param in self._groups)
+        return [grad for grad in gradients if grad is not None]
 
     def _full_norm(self) -> Tensor | None:
         if not self.optimizer.projected:
@@ -201,9 +205,9 @@ class Execution:
     def _clip_each(self) -> None:
         assert self.max_norm is not None
         for param in self._groups:
-            held = self.optimizer.projected.get(param, param.grad)
+            held = self.optimizer.projected.get(param, grad_of(param))
             if held is not None:
-                clip_each_(held, self.max_norm, param.numel(), self._total_numel)
+                clip_each_(held, self.max_norm, numel_of(param), self._total_numel)
 
     def _reduce_projected(self) -> None:
         for projected in self.optimizer.projected.values():

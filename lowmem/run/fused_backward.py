@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowmem.numerics.held_weights import drop_grad_, grad_of, numel_of
 from lowmem.run.execution import Execution, Mode, Norms
 from lowmem.run.norms import clip_each_, is_finite
 
@@ -28,26 +29,28 @@ class FusedBackward(Execution):
         if not self._is_last:
             return
         group = self.group_of(param)
-        self._reduce(param.grad)
-        assert param.grad is not None
-        if self._drops or not is_finite(torch.linalg.vector_norm(param.grad, dtype=torch.float32)):
+        grad = grad_of(param)
+        self._reduce(grad)
+        assert grad is not None
+        if self._drops or not is_finite(torch.linalg.vector_norm(grad, dtype=torch.float32)):
             self.not_finite.append(param)
-            param.grad = None
+            drop_grad_(param)
             return
+        del grad
         if self.is_projected(param):
             self.optimizer.project_grad_(param, group, dtype=torch.float32)
         self._clip_one(param)
         self.optimizer.step_param(param, group)
-        param.grad = None
+        drop_grad_(param)
 
     def finish_backward(self) -> Norms:
         """Nothing is left but what the reducer of data parallel training has kept."""
         for param in self._groups:
-            if param.grad is not None:
+            if grad_of(param) is not None:
                 self._clip_one(param)
         return Norms(None, None)
 
     def _clip_one(self, param: Tensor) -> None:
-        held = self.optimizer.projected.get(param, param.grad)
+        held = self.optimizer.projected.get(param, grad_of(param))
         if self.max_norm is not None and held is not None:
-            clip_each_(held, self.max_norm, param.numel(), self._total_numel)
+            clip_each_(held, self.max_norm, numel_of(param), self._total_numel)

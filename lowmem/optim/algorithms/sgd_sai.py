@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
+from lowmem.numerics.held_weights import numel_of
 from lowmem.optim.engine import LowMemOptimizer
 from lowmem.optim.rule import Rule, Shape
 from lowmem.optim.rules.snr_scaled import SnrScaledMomentum
@@ -73,6 +74,6 @@ class SGDSaI(LowMemOptimizer):
     def settle_groups(groups: list[dict[str, Any]]) -> None:
         """Tell every group the size of the largest tensor, which "paper" normalises by."""
         mine = [group for group in groups if group["algorithm"] == SGDSaI.algorithm]
-        largest = max((param.numel() for group in mine for param in group["params"]), default=1)
+        largest = max((numel_of(param) for group in mine for param in group["params"]), default=1)
         for group in mine:
             group["largest_numel"] = largest

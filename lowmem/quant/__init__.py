@@ -1,0 +1,1 @@
+"""Weights that are trained in a low-bit format: no float copy of them exists."""
