@@ -43,7 +43,18 @@ class Factors(NamedTuple):
     scale: float
 
 
-Direction = Tensor | Factors
+@dataclass(frozen=True)
+class RowBlocks:
+    """A direction of the weight's shape that is made a few rows at a time and never held whole.
+
+    `of(index, rows)` gives the rows of a matrix, `index` saying which one of a batch (0 where there is one).
+    Write-back asks for every block once, in order, so `of` may bring the rows of a state up to date as well.
+    """
+
+    of: Callable[[int, slice], Tensor]  # -> (rows, columns) float32; may be the gradient's own memory
+
+
+Direction = Tensor | Factors | RowBlocks
 
 
 class Context:
@@ -113,7 +124,8 @@ class Rule:
     "matrix": it needs the whole tensor.
 
     An element rule gets float32 slices. A matrix rule gets the gradient in its own dtype and whole, and
-    multiplies through `numerics.tiles`, so that no float32 copy of it is made.
+    multiplies through `numerics.tiles` or goes through its rows by `row_slices`, so that no float32 copy of it is
+    made; a direction that is neither small nor a product is given as `RowBlocks` for the same reason.
     Gradients are never changed in place; loaded state may be.
     """
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from lowmem.numerics.held_weights import HeldWeight, held_weight
 from lowmem.numerics.rounding import bf16_stochastic
 from lowmem.numerics.tiles import matching_parts, row_slices
-from lowmem.optim.rule import Direction, Factors
+from lowmem.optim.rule import Direction, Factors, RowBlocks
 
 SLICES_START_AT = 256
 """Slices of a weight start at multiples of this, so that blocks of low-bit state are never cut in two."""
@@ -33,6 +33,9 @@ def write_(
         return
     if isinstance(direction, Factors):
         _write_factors_(weight, direction, lr=lr, weight_decay=weight_decay, generator=generator)
+        return
+    if isinstance(direction, RowBlocks):
+        _write_row_blocks_(weight, direction, lr=lr, weight_decay=weight_decay, generator=generator)
         return
     wide = weight.float() if weight.dtype != torch.float64 else weight
     if weight_decay:
@@ -63,6 +66,27 @@ def _write_factors_(
         wide = weight[rows].float()
         wide.addmm_(factors.left[rows], factors.right, beta=keep, alpha=subtract)
         _store_(weight[rows], wide, generator)
+
+
+def _write_row_blocks_(
+    weight: Tensor,  # (rows, columns), or a batch of such
+    blocks: RowBlocks,
+    *,
+    lr: float,
+    weight_decay: float,
+    generator: torch.Generator | None,
+) -> None:
+    """Write each block of rows as it is made."""
+    for index in range(weight.shape[0] if weight.dim() > 2 else 1):
+        matrix = weight[index] if weight.dim() > 2 else weight
+        for rows in row_slices(matrix.shape):
+            write_(
+                matrix[rows],
+                blocks.of(index, rows),
+                lr=lr,
+                weight_decay=weight_decay,
+                generator=generator,
+            )
 
 
 def _store_(weight: Tensor, wide: Tensor, generator: torch.Generator | None) -> None:
@@ -109,5 +133,9 @@ def _write_held_rows_(
     else:
         if weight_decay:
             wide.mul_(1 - lr * weight_decay)
-        wide.add_(direction.view_as(wide) if is_part else direction[rows], alpha=-lr)
+        if isinstance(direction, RowBlocks):
+            step = direction.of(0, rows)
+        else:
+            step = direction.view_as(wide) if is_part else direction[rows]
+        wide.add_(step, alpha=-lr)
     held.store_rows_(rows, wide, generator)
