@@ -2,10 +2,8 @@
 
     w = scale * code        code in -127 .. 127, a group being `group` neighbours of a row; the last may be shorter
 
-Zero is always a code. A scale is max |w| / 127 of its group when a matrix is quantised. When a matrix is trained,
-its old scale stays as long as the group fits it well: a new scale moves every value of the group to another
-grid and so rounds all of them, updated or not, once more. A group that has outgrown its scale gets one with a
-little head room, and one that has shrunk below nine tenths of its scale gets a finer one.
+Zero is always a code. A scale is max |w| / 127 of its group, made anew at each update: a scale that moves by little
+moves few codes, and with stochastic rounding the values keep their expectation.
 """
 
 from __future__ import annotations
@@ -14,10 +12,6 @@ import torch
 from torch import Tensor
 
 LARGEST_CODE = 127
-HEAD_ROOM = 1 + 1 / 32
-"""How much larger than needed a new scale of a trained group is."""
-WELL_FILLED = 0.9
-"""Least part of the codes' range that a group must fill to keep its scale."""
 
 
 def groups_in(columns: int, group: int) -> int:
@@ -26,27 +20,13 @@ def groups_in(columns: int, group: int) -> int:
 
 
 def quantize_rows(
-    wide: Tensor,  # (rows, columns)  float32
+    wide: Tensor,  # (rows, columns)  float32, overwritten
     group: int,
     scale_dtype: torch.dtype = torch.float32,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:  # (rows, columns) int8, (rows, groups)
-    """Codes to nearest, with the finest scales that hold every value."""
+    """Codes with the finest scales that hold every value; stochastic with a generator, else to nearest."""
     scales = _as_stored(largest_magnitudes(wide, group) / LARGEST_CODE, scale_dtype)
-    return _codes(wide, scales, group, None), scales
-
-
-def requantize_rows(
-    wide: Tensor,  # (rows, columns)  float32, overwritten
-    old_scales: Tensor,  # (rows, groups)
-    group: int,
-    generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor]:
-    """Codes of values that have changed a little; stochastic with a generator, else to nearest."""
-    peaks = largest_magnitudes(wide, group)
-    reach = old_scales.float() * LARGEST_CODE
-    stays = (peaks <= reach) & (peaks >= WELL_FILLED * reach)
-    new_scales = _as_stored(peaks * (HEAD_ROOM / LARGEST_CODE), old_scales.dtype)
-    scales = torch.where(stays, old_scales, new_scales)
     return _codes(wide, scales, group, generator), scales
 
 

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.numerics.int8_groups import dequantize_rows
-from lowmem.quant.int8_weight import GROUP, TILE_NUMEL, Int8Module, Int8Weight
+from lowmem.quant.int8_weight import GROUP, Int8Module, Int8Weight
+
+PRODUCT_TILE_NUMEL = 1 << 22
+"""Values of the weight that are float at one time in a product: 16 MiB, and 8 more in bfloat16."""
 
 
 class Int8Linear(Int8Module):
@@ -114,7 +117,9 @@ def product_by_row_tiles(x: Tensor, held: Int8Weight) -> Tensor:
     """x W^T, (..., columns) -> (..., rows)."""
     flat = x.reshape(-1, x.shape[-1])
     y = flat.new_empty(flat.shape[0], held.shape[0])
-    for rows in held.row_slices():
+    step = max(1, PRODUCT_TILE_NUMEL // max(1, held.shape[1]))
+    for start in range(0, held.shape[0], step):
+        rows = slice(start, start + step)
         torch.mm(flat, held.load_rows(rows).to(x.dtype).mT, out=y[:, rows])
     return y.view(*x.shape[:-1], held.shape[0])
 
@@ -125,7 +130,7 @@ def product_by_column_tiles(dy: Tensor, held: Int8Weight) -> Tensor:
     rows, columns = held.shape
     group = module.group_size
     dx = flat.new_empty(flat.shape[0], columns)
-    step = max(group, TILE_NUMEL // max(1, rows) // group * group)
+    step = max(group, PRODUCT_TILE_NUMEL // max(1, rows) // group * group)
     for start in range(0, columns, step):
         stop = min(start + step, columns)
         scales = module.weight_scales[:, start // group : -(-stop // group)]

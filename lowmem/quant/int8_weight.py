@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem.numerics.int8_groups import dequantize_rows, groups_in, quantize_rows, requantize_rows
+from lowmem.numerics.int8_groups import dequantize_rows, groups_in, quantize_rows
+from lowmem.numerics.tiles import TILE_NUMEL
 
 GROUP = 256
 """Values that share a scale."""
-TILE_NUMEL = 1 << 22
-"""Values of the weight that are float at one time: 8 MiB in bfloat16, 16 MiB in float32."""
 SCALE_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -55,10 +54,9 @@ class Int8Weight:
 
     def store_rows_(self, rows: slice, wide: Tensor, generator: torch.Generator | None) -> None:
         module = self.module
-        scales = module.weight_scales[rows]
-        codes, new_scales = requantize_rows(wide, scales, module.group_size, generator)
+        codes, scales = quantize_rows(wide, module.group_size, module.weight_scales.dtype, generator)
         module.weight_codes[rows] = codes
-        scales.copy_(new_scales)
+        module.weight_scales[rows] = scales
 
     def row_slices(self, multiple_of: int = 1) -> Iterator[slice]:
         rows, columns = self.shape
@@ -132,10 +130,8 @@ class Int8Module(nn.Module):
                 f"the weight is {tuple(weight.shape)}, and this module holds one of {tuple(self.weight_codes.shape)}"
             )
         for rows in self.held.row_slices():
-            wide = weight[rows].to(self.weight_codes.device).float().clone()
-            codes, scales = quantize_rows(wide, self.group_size, self.weight_scales.dtype)
-            self.weight_codes[rows] = codes
-            self.weight_scales[rows] = scales
+            wide = torch.empty(weight[rows].shape, dtype=torch.float32, device=self.weight_codes.device)
+            self.held.store_rows_(rows, wide.copy_(weight[rows]), None)
 
     @torch.no_grad()
     def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
