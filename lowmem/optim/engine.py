@@ -242,7 +242,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
     def _forget(self) -> None:
         """Drop what is only remembered from the state and the groups; it is read again when needed."""
         self._steps: dict[Tensor, int] = {}
-        self._known: dict[Tensor, set[str]] = {}
+        self._known: dict[Tensor, dict[str, tuple[int, ...]]] = {}
         self._places: dict[Tensor, tuple[str, int, int]] = {}
         self._refreshed: dict[Tensor, int] = {}
         self.failed_refreshes: dict[str, int] = {}
@@ -269,7 +269,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
                 stored[name] = codecs[name].allocate(slot, param.device)
             stored["step"] = torch.zeros((), dtype=torch.float32)
             self._steps[param] = 0
-            self._known[param] = set()
+            self._known[param] = {}
         return stored
 
     def _codecs(self, param: Tensor, group: dict[str, Any], rule: Rule) -> dict[str, Float]:
@@ -290,9 +290,9 @@ class LowMemOptimizer(torch.optim.Optimizer):
         """That of the next update, which is not counted yet."""
         if param not in self._steps:
             self._steps[param] = int(self.state[param]["step"]) if self.state[param] else 0
-        return self._context(param, group, self._steps[param] + 1, self._known.setdefault(param, set()))
+        return self._context(param, group, self._steps[param] + 1)
 
-    def _context(self, param: Tensor, group: dict[str, Any], step: int, known: set[str]) -> Context:
+    def _context(self, param: Tensor, group: dict[str, Any], step: int) -> Context:
         name, index, count = self.place_of(param)
 
         def failed(reason: str) -> None:
@@ -300,7 +300,14 @@ class LowMemOptimizer(torch.optim.Optimizer):
             log.warning("step %d: the old basis of %s stays: %s", step, name, reason)
 
         return Context(
-            step=step, name=name, seed=group["seed"], known=known, index=index, count=count, on_failure=failed
+            step=step,
+            name=name,
+            seed=group["seed"],
+            known=self._known.setdefault(param, {}),
+            stored=self.state.get(param),
+            index=index,
+            count=count,
+            on_failure=failed,
         )
 
     def place_of(self, param: Tensor) -> tuple[str, int, int]:

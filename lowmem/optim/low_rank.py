@@ -10,9 +10,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lowmem.numerics.tiles import largest_magnitude, matmul_transposed_fp32
+from lowmem.numerics.tiles import largest_magnitude, matmul_transposed_fp32, sum_and_squares
 from lowmem.optim.projections.projection import Projection
-from lowmem.optim.refresh import Every
+from lowmem.optim.refresh import Refresh
 from lowmem.optim.rule import Context, Direction, Factors, Rule, Scope, Shape, Slot, State
 
 BASIS = "basis"
@@ -48,14 +48,18 @@ class LowRank(Rule):
     inner: Rule
     projection: Projection
     rank: int
-    refresh_every: Every
+    refresh_every: Refresh
     scale: float = 1.0
     on_refresh: Literal["keep", "reset", "rotate"] = "keep"
 
     def slots(self, shape: Shape) -> dict[str, Slot]:
         *batch, rows, columns = shape
         m, n = min(rows, columns), max(rows, columns)
-        return {BASIS: Slot((*batch, m, self.rank), "basis"), **self.inner.slots((*batch, self.rank, n))}
+        return {
+            BASIS: Slot((*batch, m, self.rank), "basis"),
+            **self.inner.slots((*batch, self.rank, n)),
+            **self.refresh_every.slots(),
+        }
 
     def needs_refresh(self, ctx: Context) -> bool:
         return self.refresh_is_due(ctx) or not ctx.knows(BASIS)
@@ -85,6 +89,8 @@ class LowRank(Rule):
             changed = self.inner.change_basis(
                 self._inner_state(state), P.mT @ P_old, ctx.at_step(ctx.step - 1)
             )
+        if has_basis:
+            changed |= self.refresh_every.adapt(lambda: self._similarity(grad, P_old, P), state, ctx)
         return {BASIS: P, **changed}
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> tuple[Direction, dict[str, Tensor]]:
@@ -122,30 +128,46 @@ class LowRank(Rule):
         safe = torch.where(largest_magnitude(G) > 0, G, torch.eye(*G.shape, device=G.device, dtype=G.dtype))
         return self.projection.fit(safe, self.rank, start=start, generator=generator)
 
+    def _similarity(self, grad: Tensor, P_old: Tensor, P: Tensor) -> Tensor:
+        """How much of P's advantage over a random subspace P_old has on this gradient, from 0 to 1.
+
+            (|P_old^T G|^2 - c |G|^2) / (|P^T G|^2 - c |G|^2)        c = r / m, what a random one holds
+
+        It asks for what the bases do and not for their angles: a warm start copies old directions of little
+        energy into the new basis, which would look alike, and signs and order of the vectors do not matter.
+        """
+        total = sum_and_squares(grad)[1]
+        at_random = total * (self.rank / min(grad.shape[-2:]))
+        old, new = (
+            sum_and_squares(self.project(grad, {BASIS: basis}))[1] - at_random for basis in (P_old, P)
+        )
+        # A gradient without preferred directions is served by any basis.
+        return torch.where(new > 1e-3 * total, old / new, torch.ones_like(new)).clamp(0, 1).float()
+
     def _inner_context(self, ctx: Context) -> Context:
         return ctx.at_step(self.refresh_every.steps_since(ctx)) if self.on_refresh == "reset" else ctx
 
     def _inner_state(self, state: State) -> State:
-        return _Without(state, BASIS)
+        return _Without(state, {BASIS, *self.refresh_every.slots()})
 
     def _reset(self, state: State) -> dict[str, Tensor]:
-        return {name: torch.zeros_like(state[name]) for name in state if name != BASIS}
+        return {name: torch.zeros_like(value) for name, value in self._inner_state(state).items()}
 
 
 class _Without(Mapping[str, Tensor]):
-    """A state without one of its slots, still loaded only when asked for."""
+    """A state without some of its slots, still loaded only when asked for."""
 
-    def __init__(self, state: State, hidden: str):
+    def __init__(self, state: State, hidden: set[str]):
         self._state, self._hidden = state, hidden
 
     def __getitem__(self, name: str) -> Tensor:
         return self._state[name]
 
     def __iter__(self):
-        return (name for name in self._state if name != self._hidden)
+        return (name for name in self._state if name not in self._hidden)
 
     def __len__(self) -> int:
-        return len(self._state) - 1
+        return len(self._state) - len(self._hidden)
 
 
 def _wide(grad: Tensor) -> Tensor:

@@ -2,9 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
-from lowmem.optim.rule import Context
+from torch import Tensor
+
+from lowmem.optim.rule import Context, Slot, State
+
+
+class Refresh(Protocol):
+    """Decides at which of a parameter's steps its basis is fitted anew; step 1 is always one."""
+
+    def slots(self) -> dict[str, Slot]:
+        """What has to be known after a resume."""
+        ...
+
+    def is_due(self, ctx: Context) -> bool:
+        """Whether this step fits a new basis. The same answer before and after it was fitted."""
+        ...
+
+    def steps_since(self, ctx: Context) -> int:
+        """Updates made with the current basis, this one included."""
+        ...
+
+    def adapt(self, similarity: Callable[[], Tensor], state: State, ctx: Context) -> dict[str, Tensor]:
+        """Learn from a basis that was due and has replaced another; returns the slots that changed.
+
+        `similarity` computes how much of the new basis' worth the old one still had, from 0 to 1.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -18,13 +45,28 @@ class Every:
     gap: int
     staggers: bool = False
 
+    def slots(self) -> dict[str, Slot]:
+        return {}
+
     def is_due(self, ctx: Context) -> bool:
-        return ctx.step == 1 or (ctx.step > 1 and (ctx.step - 1 - self._offset(ctx)) % self.gap == 0)
+        return falls_due(ctx.step, self.gap, self.first_turn(ctx))
 
     def steps_since(self, ctx: Context) -> int:
-        """Updates made with the current basis, this one included."""
-        since = (ctx.step - 1 - self._offset(ctx)) % self.gap + 1
-        return min(since, ctx.step)
+        return steps_since(ctx.step, self.gap, self.first_turn(ctx))
 
-    def _offset(self, ctx: Context) -> int:
-        return ctx.index * self.gap // ctx.count if self.staggers else 0
+    def adapt(self, similarity: Callable[[], Tensor], state: State, ctx: Context) -> dict[str, Tensor]:
+        return {}
+
+    def first_turn(self, ctx: Context) -> int:
+        """The step from which refreshes follow each other at the gap."""
+        return 1 + (ctx.index * self.gap // ctx.count if self.staggers else 0)
+
+
+def falls_due(step: int, gap: int, turn: int) -> bool:
+    """Whether `step` is the first or one of turn + k gap, k any whole number."""
+    return step == 1 or (step > 1 and (step - turn) % gap == 0)
+
+
+def steps_since(step: int, gap: int, turn: int) -> int:
+    """Steps from the last one that fell due to `step`, both included."""
+    return min((step - turn) % gap + 1, step)

@@ -66,7 +66,8 @@ class Context:
         step: int,
         name: str,
         seed: int,
-        known: set[str],
+        known: dict[str, tuple[int, ...]],
+        stored: Mapping[str, Tensor] | None = None,
         index: int = 0,
         count: int = 1,
         on_failure: Callable[[str], None] | None = None,
@@ -78,6 +79,7 @@ class Context:
         self.index, self.count = index, count
         """Which parameter of its group this is, and of how many."""
         self._known = known
+        self._stored = {} if stored is None else stored
         self._on_failure = on_failure
 
     def generator(self, device: torch.device, purpose: str) -> torch.Generator:
@@ -94,9 +96,23 @@ class Context:
         """Whether `remember(fact)` was called for this parameter since the state was made or loaded."""
         return fact in self._known
 
-    def remember(self, fact: str) -> None:
+    def remember(self, fact: str, numbers: tuple[int, ...] = ()) -> None:
         """Keep an answer that stays true, so that the device is asked once and not at every step."""
-        self._known.add(fact)
+        self._known[fact] = numbers
+
+    def numbers(self, slot: str, count: int) -> tuple[int, ...]:
+        """The `count` whole numbers in scalar `slot`, in Python; zeros before the state is made.
+
+        The device is read once after a load; who changes the slot tells by `remember(slot, numbers)`.
+        Where tensors hold no values, the numbers are those that a new state has.
+        """
+        if slot not in self._known:
+            tensor = self._stored.get(slot)
+            if tensor is None or isinstance(tensor, FakeTensor) or tensor.is_meta:
+                self._known[slot] = (0,) * count
+            else:
+                self._known[slot] = tuple(map(int, tensor.tolist()))
+        return self._known[slot]
 
     def at_step(self, step: int) -> Context:
         """The same context with another step number, for a rule inside a rule."""
@@ -105,6 +121,7 @@ class Context:
             name=self.name,
             seed=self.seed,
             known=self._known,
+            stored=self._stored,
             index=self.index,
             count=self.count,
             on_failure=self._on_failure,

@@ -41,7 +41,7 @@ def count_step_(optimizer: LowMemOptimizer, param: Tensor, group: dict[str, Any]
 def know_as_(optimizer: LowMemOptimizer, param: Tensor, group: dict[str, Any], like: Tensor) -> None:
     """What is remembered of `like`, which has the same rule and has made as many updates, holds for `param`."""
     step = optimizer.coming_context(param, group).step
-    optimizer._known[param] = set(optimizer._known[like])
+    optimizer._known[param] = dict(optimizer._known[like])
     if optimizer._refreshed.get(like) in (step, step - 1):
         optimizer._refreshed[param] = optimizer._refreshed[like]
 
@@ -79,7 +79,7 @@ def _next_refresh(optimizer: LowMemOptimizer, param: Tensor, group: dict[str, An
         return None
     done = optimizer._steps[param]
     for step in range(done + 1, done + FARTHEST_REFRESH):
-        if rule.needs_refresh(optimizer._context(param, group, step, optimizer._known[param])):
+        if rule.needs_refresh(optimizer._context(param, group, step)):
             return step
     return None
 
