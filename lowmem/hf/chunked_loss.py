@@ -20,9 +20,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lowmem.errors import RefusedError
 from lowmem.hf.causal_lm_loss import chunked_causal_lm_loss
-from lowmem.hf.deferred_logits import DeferringHead
+from lowmem.hf.deferring_heads import DEFERRING, Deferring
 from lowmem.hf.eval_mode import eval_mode
 from lowmem.hf.tiled_cross_entropy import TILE_BYTES
+from lowmem.numerics.held_weights import held_weight
 
 NEAREST = "Use train.loss: plain, which computes the model's own loss from whole logits."
 
@@ -42,15 +43,15 @@ def use_chunked_loss(model: nn.Module, *, tile_bytes: int = TILE_BYTES) -> None:
 
     tile_bytes: size of one tile of float32 logits. Undo with `use_plain_loss`. Calling it twice is harmless.
 
-    Raises RefusedError when the output embedding is not a plain nn.Linear or the model's loss is not
-    transformers' causal language model loss.
+    Raises RefusedError when the output embedding is neither a plain nn.Linear nor one in int8, or the model's
+    loss is not transformers' causal language model loss.
     """
     owner = causal_model(model)
     head = owner.get_output_embeddings()
-    if not isinstance(head, DeferringHead):
-        if type(head) is not nn.Linear:
+    if not isinstance(head, Deferring):
+        if type(head) not in DEFERRING:
             raise RefusedError(
-                f"train.loss: chunked needs a plain nn.Linear as output embedding; "
+                f"train.loss: chunked needs a plain nn.Linear, or one in int8, as output embedding; "
                 f"that of {type(owner).__name__} is {type(head).__name__}. {NEAREST}"
             )
         if owner.loss_function is not ForCausalLMLoss:
@@ -59,7 +60,7 @@ def use_chunked_loss(model: nn.Module, *, tile_bytes: int = TILE_BYTES) -> None:
                 f"train.loss: chunked replaces transformers' ForCausalLMLoss; "
                 f"the loss of {type(owner).__name__} is {name}. {NEAREST}"
             )
-        head.__class__ = DeferringHead
+        head.__class__ = DEFERRING[type(head)]
         owner.loss_function = chunked_causal_lm_loss
     head.tile_bytes = tile_bytes
 
@@ -68,10 +69,8 @@ def use_plain_loss(model: nn.Module) -> None:
     """Give `model` its own loss back. Harmless when it has it."""
     owner = causal_model(model)
     head = owner.get_output_embeddings()
-    if isinstance(head, DeferringHead):
-        for name in ("tile_bytes", "defers_always", "materialised_by"):
-            head.__dict__.pop(name, None)
-        head.__class__ = nn.Linear  # type: ignore[assignment]
+    if isinstance(head, Deferring):
+        head.stop_deferring()
         owner.loss_function = ForCausalLMLoss
 
 
@@ -82,7 +81,7 @@ def loss_only(model: nn.Module) -> Iterator[None]:
     Inside, a batch without trained tokens has loss 0, as in training.
     """
     head = causal_model(model).get_output_embeddings()
-    if not isinstance(head, DeferringHead):
+    if not isinstance(head, Deferring):
         yield
         return
     before, head.defers_always = head.defers_always, True
@@ -98,6 +97,8 @@ FORWARD_ERRORS = (AssertionError, AttributeError, NotImplementedError, RuntimeEr
 # The probe costs a forward and a backward of at most this many rows and tokens, whole logits included.
 PROBE_ROWS, PROBE_TOKENS = 2, 48
 
+WEIGHT = "head's weight"
+
 
 def chunked_loss_agrees(model: nn.Module, batch: Mapping[str, Tensor]) -> str | None:
     """Compare the chunked loss with the model's own on a corner of `batch`.
@@ -109,7 +110,7 @@ def chunked_loss_agrees(model: nn.Module, batch: Mapping[str, Tensor]) -> str | 
     """
     try:
         head = causal_model(model).get_output_embeddings()
-        was_patched = isinstance(head, DeferringHead)
+        was_patched = isinstance(head, Deferring)
         use_chunked_loss(model, tile_bytes=head.tile_bytes if was_patched else TILE_BYTES)
     except RefusedError as refusal:
         return str(refusal)
@@ -141,7 +142,7 @@ def _loss_arguments(model: nn.Module) -> list[dict[str, Any]]:
     return [{}, {"num_items_in_batch": torch.tensor(37)}] if takes_count else [{}]
 
 
-def _disagreement(model: nn.Module, head: DeferringHead, batch: dict[str, Any]) -> str | None:
+def _disagreement(model: nn.Module, head: Deferring, batch: dict[str, Any]) -> str | None:
     own_loss, own_gradients = _loss_and_gradients(model, head, batch)
     try:
         with loss_only(model):
@@ -163,7 +164,7 @@ def _disagreement(model: nn.Module, head: DeferringHead, batch: dict[str, Any]) 
 
 
 def _loss_and_gradients(
-    model: nn.Module, head: DeferringHead, batch: dict[str, Any]
+    model: nn.Module, head: Deferring, batch: dict[str, Any]
 ) -> tuple[float, dict[str, Tensor]]:
     """The loss, and its gradients at the head. That of the weight is folded into one random combination of
     its rows and one of its columns, so that two whole ones are never held."""
@@ -173,14 +174,30 @@ def _loss_and_gradients(
         loss = model(**batch, use_cache=False).loss
     finally:
         hook.remove()
-    candidates = {"hidden states": seen[0], "head's weight": head.weight, "head's bias": head.bias}
+    candidates = {"hidden states": seen[0], WEIGHT: head.weight, "head's bias": head.bias}
     inputs = {name: value for name, value in candidates.items() if value is not None and value.requires_grad}
-    gradients = torch.autograd.grad(loss, list(inputs.values())) if inputs else ()
     folded = {}
-    for name, gradient in zip(inputs, gradients, strict=True):
+    for name, gradient in _gradients_of(loss, inputs).items():
         generator = torch.Generator().manual_seed(0)
-        if name == "head's weight":
+        if name == WEIGHT:
             rows, columns = (torch.randn(size, generator=generator).to(gradient) for size in gradient.shape)
             gradient = torch.cat([rows @ gradient, gradient @ columns])
         folded[name] = gradient.float()
     return loss.item(), folded
+
+
+def _gradients_of(loss: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By name. That of a weight in another format than its parameter's is handed over beside autograd."""
+    held = held_weight(inputs[WEIGHT]) if WEIGHT in inputs else None
+    if held is None:
+        return dict(
+            zip(inputs, torch.autograd.grad(loss, list(inputs.values())) if inputs else (), strict=True)
+        )
+    trainer, grad = held.trainer, held.grad
+    held.trainer, held.grad = inputs, None
+    try:
+        found = dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values())), strict=True))
+        assert held.grad is not None
+        return {**found, WEIGHT: held.grad}
+    finally:
+        held.trainer, held.grad = trainer, grad

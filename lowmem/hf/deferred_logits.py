@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lowmem.hf.tiled_cross_entropy import TILE_BYTES, Elementwise, autocast_here
+from lowmem.hf.tiled_cross_entropy import Elementwise, autocast_here
+
+if TYPE_CHECKING:
+    from lowmem.hf.deferring_heads import Deferring
 
 logger = logging.getLogger(__name__)
 
@@ -37,23 +39,6 @@ OTHER_OPERATORS = (
 # fmt: on
 
 
-class DeferringHead(nn.Linear):
-    """An output embedding that answers with DeferredLogits while a loss is being trained.
-
-    It defers in training mode with gradients on, and always while `defers_always`. A model's own nn.Linear
-    becomes one by `use_chunked_loss`.
-    """
-
-    tile_bytes: int = TILE_BYTES
-    defers_always: bool = False
-    materialised_by: str | None = None
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.defers_always or (self.training and torch.is_grad_enabled()):
-            return DeferredLogits(input, self)  # type: ignore[return-value]
-        return linear(input, self.weight, self.bias)
-
-
 class DeferredLogits:
     """What `functions(head(hidden))` would be, (..., V), without computing it.
 
@@ -61,7 +46,7 @@ class DeferredLogits:
     nothing but that tensor, so changes made to it in place count.
     """
 
-    def __init__(self, hidden: Tensor, head: DeferringHead, functions: tuple[Elementwise, ...] = ()) -> None:
+    def __init__(self, hidden: Tensor, head: Deferring, functions: tuple[Elementwise, ...] = ()) -> None:
         self.hidden = hidden
         self.head = head
         self.functions = functions
@@ -83,7 +68,7 @@ class DeferredLogits:
                     why,
                 )
             with torch.autocast(**self._autocast):
-                logits = linear(self.hidden, self.head.weight, self.head.bias)
+                logits = self.head.logits(self.hidden)
                 for function in self.functions:
                     logits = function(logits)
             self._tensor = logits

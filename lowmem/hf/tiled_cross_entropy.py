@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from lowmem.numerics.held_weights import held_weight, load_rows, shape_of
+
 Elementwise = Callable[[Tensor], Tensor]
 
 TILE_BYTES = 32 * 2**20
@@ -37,7 +39,7 @@ def columns_per_tile(num_tokens: int, tile_bytes: int) -> int:
 
 def tiled_cross_entropy(
     hidden: Tensor,  # (T, H)
-    weight: Tensor,  # (V, H)
+    weight: Tensor,  # (V, H), or the handle of such a weight
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (T,) int64, each in [0, V)
     *,
@@ -52,15 +54,24 @@ def tiled_cross_entropy(
 
     Raises ValueError when a label is outside the vocabulary.
     """
-    vocabulary = weight.shape[0]
+    vocabulary, _ = shape_of(weight)
     if labels.numel():
         lowest, highest = torch.stack([labels.min(), labels.max()]).tolist()
         if lowest < 0 or highest >= vocabulary:
             wrong = lowest if lowest < 0 else highest
             raise ValueError(f"label {wrong} is outside the vocabulary: ids go from 0 to {vocabulary - 1}")
-    columns = min(columns_per_tile(labels.numel(), tile_bytes), vocabulary)
+    columns = min(columns_per_tile(labels.numel(), tile_bytes), _most_columns(weight), vocabulary)
     tiles = [slice(start, min(start + columns, vocabulary)) for start in range(0, vocabulary, columns)]
     return _TiledCrossEntropy.apply(hidden, weight, bias, labels, functions, tiles, torch.is_grad_enabled())
+
+
+def _most_columns(weight: Tensor) -> int:
+    """Of a weight in another format only as many rows become float at one time as its own tiles have."""
+    held = held_weight(weight)
+    if held is None:
+        return shape_of(weight)[0]
+    rows = next(held.row_slices()).stop
+    return max(FEWEST_COLUMNS, rows - rows % FEWEST_COLUMNS)
 
 
 def autocast_here(device_type: str) -> dict[str, Any]:
@@ -107,16 +118,17 @@ class _TiledCrossEntropy(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         x, weight, bias, kept, log_sum_exp = ctx.saved_tensors
         dx: Tensor | None = None
-        dweight = torch.empty_like(weight) if needs_weight else None
+        dweight = weight.new_empty(shape_of(weight)) if needs_weight else None
         dbias = torch.empty_like(bias) if needs_bias else None
 
         for tile in ctx.tiles:
             with torch.autocast(**ctx.autocast):
+                W = load_rows(weight, tile)
                 if ctx.keeps_tile:
                     # In fp32: a scale rounded to bf16 would bend every gradient the same way.
                     dz = (_upcast(kept) * scale).to(kept.dtype)
                 else:
-                    z = linear(x, weight[tile], None if bias is None else bias[tile])
+                    z = linear(x, W, None if bias is None else bias[tile])
                     dz = _logit_grad(z, ctx.functions, kept, log_sum_exp, tile, scale)
                     del z
             if dweight is not None:
@@ -124,8 +136,12 @@ class _TiledCrossEntropy(torch.autograd.Function):
             if dbias is not None:
                 dbias[tile] = dz.sum(0, dtype=torch.promote_types(dz.dtype, torch.float32))
             if needs_x:
-                dx = _add_product_(dx, dz, weight[tile].to(dz.dtype), several=len(ctx.tiles) > 1)
-        return (None if dx is None else dx.to(ctx.hidden_dtype)), dweight, dbias, None, None, None, None
+                dx = _add_product_(dx, dz, W.to(dz.dtype), several=len(ctx.tiles) > 1)
+        dx = None if dx is None else dx.to(ctx.hidden_dtype)
+        if dweight is not None and (held := held_weight(weight)) is not None:
+            held.add_grad_(dweight)
+            dweight = weight.new_zeros(0)
+        return dx, dweight, dbias, None, None, None, None
 
 
 def _scan(
@@ -143,7 +159,7 @@ def _scan(
     """
     highest = total = label_logit = torch.empty(0)
     for tile in tiles:
-        z = linear(x, weight[tile], None if bias is None else bias[tile])
+        z = linear(x, load_rows(weight, tile), None if bias is None else bias[tile])
         y = _upcast(_apply(functions, z))
         if tile.start == 0:
             # Not -inf: a tile of nothing but -inf would then give inf - inf.

@@ -38,6 +38,10 @@ class HeldWeight(Protocol):
         """Keep float32 `wide` as `rows`, rounded stochastically, or to nearest without a generator."""
         ...
 
+    def add_grad_(self, grad: Tensor) -> None:
+        """Add the gradient of one use of the weight."""
+        ...
+
     def row_slices(self, multiple_of: int = 1) -> Iterator[slice]:
         """Cut the rows into slices of a few million values, each but the last of a multiple of so many values."""
         ...
@@ -64,6 +68,12 @@ def nbytes_of(param: Tensor) -> int:
     """What the weight takes in its own format."""
     held = held_weight(param)
     return param.nbytes if held is None else held.nbytes
+
+
+def load_rows(param: Tensor, rows: slice) -> Tensor:
+    """Rows of the weight in the parameter's dtype: a view of an ordinary parameter, else a copy."""
+    held = held_weight(param)
+    return param[rows] if held is None else held.load_rows(rows).to(param.dtype)
 
 
 def grad_nbytes_of(param: Tensor) -> int:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lowmem.hf.causal_lm_loss import chunked_causal_lm_loss
-from lowmem.hf.deferred_logits import DeferredLogits, DeferringHead
+from lowmem.hf.deferred_logits import DeferredLogits
+from lowmem.hf.deferring_heads import DeferringHead
 
 VOCABULARY = 70
 
