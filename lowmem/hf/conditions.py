@@ -17,7 +17,10 @@ def conditions(
     world_size: int = 1,
     torch: str | None,
 ) -> dict[str, Any]:
-    """`sequence_length` is in tokens, padding included; `device` and `torch` name what it ran on, or is planned for."""
+    """`sequence_length` is in tokens, padding included; `device` and `torch` name what it ran on, or is planned for.
+
+    On a CPU activations are not offloaded, whatever the recipe says.
+    """
     train = recipe.train
     return {
         "model": recipe.model.name_or_path,
@@ -31,6 +34,7 @@ def conditions(
         "gradient_accumulation_steps": train.gradient_accumulation_steps,
         "packing": recipe.data.packing,
         "activation_checkpointing": train.activation_checkpointing,
+        "activation_offload": train.activation_offload and device != "cpu",
         "loss": train.loss,
         "attn": recipe.model.attn,
         "device": device,

@@ -18,6 +18,7 @@ from lowmem.hf.model_folder import BUILTIN_PREFIX, check_builtin, local_folder, 
 from lowmem.hf.model_setup import recompute_activations
 from lowmem.hf.quiet import quiet_transformers
 from lowmem.recipe.schema import ModelRecipe, Recipe
+from lowmem.run.activation_offload import OffloadedInputs
 
 
 def load_config(recipe: ModelRecipe) -> PreTrainedConfig:
@@ -49,12 +50,13 @@ def load_config(recipe: ModelRecipe) -> PreTrainedConfig:
 
 
 def model_without_weights(
-    recipe: Recipe, config: PreTrainedConfig
+    recipe: Recipe, config: PreTrainedConfig, *, offload: OffloadedInputs | None = None
 ) -> tuple[PreTrainedModel | PeftModel, list[str]]:
     """The model as the recipe trains it, and remarks on where it differs from the recipe's words.
 
     To be called where tensors are fake; otherwise it takes the memory of the whole model. Attention of
-    `flash_attention_2` becomes sdpa, whose flash kernel keeps the same tensors.
+    `flash_attention_2` becomes sdpa, whose flash kernel keeps the same tensors. `offload` takes what activation
+    checkpointing keeps.
     """
     notes = []
     attn = recipe.model.attn
@@ -68,7 +70,7 @@ def model_without_weights(
         ).eval()
     model = base if recipe.lora is None else add_lora(base, recipe.lora, seed=recipe.train.seed)
     if recipe.train.activation_checkpointing:
-        recompute_activations(model)
+        recompute_activations(model, offload)
     if recipe.train.loss == "chunked":
         try:
             use_chunked_loss(model)

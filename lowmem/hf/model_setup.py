@@ -18,17 +18,41 @@ from lowmem.hf.model import load_model
 from lowmem.hf.packing_probe import refuse_leaking_model
 from lowmem.numerics.held_weights import numel_of
 from lowmem.recipe.schema import Recipe
+from lowmem.run.activation_offload import OffloadedInputs
+from lowmem.run.cuda_copies import CudaCopies
 
 Batch = dict[str, Tensor]
 
+CHECKPOINT = "_gradient_checkpointing_func"
+"""The attribute in which transformers' layers keep torch's checkpoint function."""
 
-def recompute_activations(model: PreTrainedModel | PeftModel) -> None:
-    """Recompute activations in the backward pass, non-reentrant: inputs need no gradient, hooks fire once."""
+
+def recompute_activations(model: PreTrainedModel | PeftModel, offload: OffloadedInputs | None = None) -> None:
+    """Recompute activations in the backward pass, non-reentrant: inputs need no gradient, hooks fire once.
+
+    What is kept for it, the layers' inputs, goes to the host where there is an `offload`.
+    """
     settings = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.18 and later
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    if offload is not None:
+        for module in model.modules():
+            if (checkpoint := vars(module).get(CHECKPOINT)) is not None:
+                setattr(module, CHECKPOINT, offload.around(checkpoint))
+
+
+def offload_of(recipe: Recipe, device: torch.device, say: Callable[[str], Any]) -> OffloadedInputs | None:
+    """What the recipe's train.activation_offload comes to on `device`; on a CPU there is nowhere to move to."""
+    if not recipe.train.activation_offload:
+        return None
+    if device.type != "cuda":
+        say(
+            f"activation offload: nothing to do on {device.type}, the activations are in the host's memory already"
+        )
+        return None
+    return OffloadedInputs(CudaCopies(device), lambda tensor: tensor.is_cuda)
 
 
 def make_generation_settings_savable_(model: PreTrainedModel) -> None:
@@ -68,7 +92,7 @@ def trainable_model(
         refuse_leaking_model(base, rows=max(recipe.train.per_device_batch_size, recipe.eval.batch_size or 1))
     model = base if recipe.lora is None else add_lora(base, recipe.lora, seed=recipe.train.seed)
     if recipe.train.activation_checkpointing:
-        recompute_activations(model)
+        recompute_activations(model, offload_of(recipe, device, say))
     if recipe.train.loss == "chunked":
         reason = chunked_loss_agrees(model, {name: value.to(device) for name, value in probe_batch.items()})
         if reason is None:

@@ -95,6 +95,7 @@ def _plan_by_simulation(recipe: Recipe, device: Card | None, full_rows: bool) ->
             checkpoint=checkpoint_of(recipe, run),
             changes=changes,
             notes=run.notes,
+            pinned_host_bytes=run.pinned_host_bytes,
         )
     )
 
@@ -121,6 +122,7 @@ def _plan_by_formula(recipe: Recipe, device: Card | None, full_rows: bool) -> Me
             checkpoint=None,
             changes=_changes(recipe, architecture, device, planned, full_rows),
             notes=[],
+            pinned_host_bytes=found.pinned_host_bytes,
         )
     )
 

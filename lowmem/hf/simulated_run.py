@@ -24,10 +24,12 @@ from lowmem.hf.training_arguments import training_arguments
 from lowmem.memory.plan_document import Moment
 from lowmem.memory.readings import Measured
 from lowmem.memory.simulate import SimulatedMeter, Simulation
+from lowmem.memory.simulated_host import SimulatedHost
 from lowmem.numerics.held_weights import nbytes_of, numel_of
 from lowmem.optim.engine import LowMemOptimizer
 from lowmem.optim.without_values import pretend_until_refresh_
 from lowmem.recipe.schema import Recipe
+from lowmem.run.activation_offload import OffloadedInputs
 
 FIRST, LATER, REFRESH = "first step", "later step", "step with a refresh"
 TRAINING = (FIRST, LATER, REFRESH)
@@ -46,6 +48,8 @@ class SimulatedRun:
     trained_bytes: int
     state_bytes: int
     largest_tensor_bytes: int
+    pinned_host_bytes: int
+    """For activations that are moved to the host."""
     notes: list[str]
 
 
@@ -69,6 +73,11 @@ def simulate_run(
     """
     config = load_config(recipe.model) if config is None else config
     simulation = Simulation()
+    host = SimulatedHost()
+    # A run on a CPU moves nothing, so its plan may not either.
+    offload = (
+        OffloadedInputs(host, lambda tensor: True) if recipe.train.activation_offload and on_cuda else None
+    )
     with (
         undisturbed_process(),
         real_attention_path(),
@@ -78,7 +87,7 @@ def simulate_run(
         warnings.simplefilter("ignore")  # the run itself warns where a person can see it
         args = training_arguments(recipe, Path(scratch), use_cpu=True)
         with simulation.tensors():
-            model, notes = model_without_weights(recipe, config)
+            model, notes = model_without_weights(recipe, config, offload=offload)
             meter = SimulatedMeter(model, on_cuda=on_cuda, batches_left_out_bytes=batches_left_out_bytes)
             data = StepBatches([[simulation.batch(batch) for batch in step] for step in steps])
             replay(
@@ -105,6 +114,7 @@ def simulate_run(
                 trained_bytes=trainable_bytes(model),
                 state_bytes=optimizer.state_bytes() if isinstance(optimizer, LowMemOptimizer) else 0,
                 largest_tensor_bytes=max(nbytes_of(param) for param in params),
+                pinned_host_bytes=host.peak_bytes,
                 notes=notes,
             )
 

@@ -36,6 +36,8 @@ class Work:
     eager: bool = False
     """Attention from whole scores instead of torch's fused function."""
     checkpointing: bool = False
+    offloading: bool = False
+    """Whether the inputs of checkpointed layers are moved to the host."""
     chunked_loss: bool = False
     packed: bool = False
     """Whether each row counts positions of its own."""

@@ -1,6 +1,7 @@
 """How full memory is above the weights while one micro-batch runs: the tape of a decoder, read off.
 
-The layers of a decoder are alike: three are put on the tape, and the middle one counts for all but two.
+The layers of a decoder are alike: three are put on the tape, and the middle one counts for all but two; five where
+the layers' inputs are moved to the host.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Profile:
 @functools.lru_cache(maxsize=8192)
 def profile(shape: Architecture, work: Work, arrivals: Arrivals) -> Profile:
     """Forward and backward of one micro-batch, the batch itself included."""
-    return _fullest(_with_arrivals(_tape(shape, work), arrivals), shape.layers)
+    return _fullest(_with_arrivals(_tape(shape, work), arrivals), shape.layers, _on_tape(shape, work))
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class _Account:
 @functools.lru_cache(maxsize=1024)
 def _tape(shape: Architecture, work: Work) -> tuple[_Account, list[tuple[str, int]]]:
     """One micro-batch with gradients given back as they arrive, and when each of them does."""
-    tape = Tape(adds_in_place=work.on_cuda)
+    tape = Tape(adds_in_place=work.on_cuda, offloads=work.offloading)
     _run(tape, shape, work)
     account = _Account([(tape.parts[index], nbytes) for index, nbytes in tape.changes], tape.marks)
     return account, tape.arrivals
@@ -101,10 +102,16 @@ def _hidden(tape: Tape, shape: Architecture, work: Work, table: Value) -> Value:
     decoder = Decoder(tape, shape, work)
     x = embeddings
     tape.mark("embedding")
-    for index in range(min(shape.layers, 3)):
+    for index in range(_on_tape(shape, work)):
         x = tape.checkpointed(decoder.layer, x) if work.checkpointing else decoder.layer(x)
         tape.mark(f"layer {index}")
     return decoder.norm(x, shape.hidden)
+
+
+def _on_tape(shape: Architecture, work: Work) -> int:
+    """Layers: the middle one counts for many. Where inputs are offloaded, two on each side of it are not alike: the
+    model's forward holds on to the first one's input, and the last one's is still there when backward begins."""
+    return min(shape.layers, 5 if work.offloading else 3)
 
 
 @dataclass
@@ -119,8 +126,8 @@ class _Segment:
     fullest: int = 0
 
 
-def _fullest(account: _Account, layers: int) -> Profile:
-    segments = _segments(account, layers)
+def _fullest(account: _Account, layers: int, on_tape: int) -> Profile:
+    segments = _segments(account, layers, on_tape)
     level = peak = 0
     at: tuple[int, int] | None = None
     for number, segment in enumerate(segments):
@@ -141,13 +148,18 @@ def _fullest(account: _Account, layers: int) -> Profile:
     return Profile(peak, "forward" if here.fullest <= backward else "backward", parts)
 
 
-def _segments(account: _Account, layers: int) -> list[_Segment]:
+def _segments(account: _Account, layers: int, on_tape: int) -> list[_Segment]:
+    typical = on_tape // 2
+    stands_for_many = (
+        (f"layer {typical - 1}", f"layer {typical}"),
+        (f"-layer {typical}", f"-layer {typical - 1}"),
+    )
     borders = [0, *(index for _, index in account.marks), len(account.changes)]
     names = ["", *(name for name, _ in account.marks)]
     found = []
     for start, end, name, closing in zip(borders[:-1], borders[1:], names, [*names[1:], ""], strict=True):
-        is_typical = (name, closing) in (("layer 0", "layer 1"), ("-layer 1", "-layer 0"))
-        segment = _Segment(start, end, max(1, layers - 2) if is_typical else 1, fullest=start)
+        repeats = layers - on_tape + 1 if (name, closing) in stands_for_many else 1
+        segment = _Segment(start, end, repeats, fullest=start)
         for index in range(start, end):
             segment.net += account.changes[index][1]
             if segment.net > segment.rise:

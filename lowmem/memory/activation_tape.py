@@ -16,15 +16,25 @@ from lowmem.memory.activation_graph import Block, Leaf, Node, Value
 from lowmem.memory.ledger import Part
 
 
+class _Input:
+    """That of a checkpointed layer: `block` is None while it is away. `before` is that of the layer before."""
+
+    __slots__ = ("before", "block", "itemsize", "numel")
+
+    def __init__(self, x: Value, before: _Input | None):
+        self.numel, self.itemsize, self.block, self.before = x.numel, x.itemsize, x.block, before
+
+
 class Tape:
     """The account of one micro-batch. The gradient of a weight is given back as soon as it is complete.
 
     What becomes of it depends on how the step is made, so `arrivals` tells when it was complete.
     adds_in_place: a second gradient of the same tensor is added to the first one where nothing else holds
     that, as PyTorch does it on CUDA; wherever a dispatch mode counts bytes it makes a new tensor.
+    offloads: inputs of checkpointed layers leave when the next layer begins, and come back one layer early.
     """
 
-    def __init__(self, *, adds_in_place: bool = False):
+    def __init__(self, *, adds_in_place: bool = False, offloads: bool = False):
         self.changes: list[tuple[int, int]] = []
         """(number of the block, bytes taken or given back), in order."""
         self.parts: list[Part] = []
@@ -34,6 +44,8 @@ class Tape:
         self.arrivals: list[tuple[str, int]] = []
         """(name of a weight, the number of the change that gives its complete gradient back), in order."""
         self._adds_in_place = adds_in_place
+        self._offloads = offloads
+        self._newest_input: _Input | None = None
         self._nodes: list[Node] | None = []
         self._saves = 0
         self._last_saver = 0
@@ -124,16 +136,39 @@ class Tape:
         """compute(x), of which only x is kept; backward computes it again, up to the last thing it saves."""
         outer, self._nodes = self._nodes, None
         before = self._saves
+        kept = self._keep(x)
         out = compute(x)
         self._nodes = outer
-        self.record(out, (x,), (x,), partial(self._again, compute, x.numel, x.itemsize, self._saves - before))
+        self.record(out, (x,), (), partial(self._again, compute, kept, self._saves - before))
         return out
 
+    def _keep(self, x: Value) -> _Input:
+        kept = _Input(x, self._newest_input)
+        if self._offloads:
+            if self._newest_input is not None:
+                self._newest_input.block = None
+            self._newest_input = kept
+        return kept
+
+    def _restored(self, kept: _Input) -> Value:
+        """The input, of which only this value holds the block where it was away; the one before comes back, too."""
+        self._fetch(kept)
+        x = Value(kept.numel, kept.itemsize, kept.block)
+        if self._offloads:
+            kept.block = None
+            if kept.before is not None:
+                self._fetch(kept.before)
+        return x
+
+    def _fetch(self, kept: _Input) -> None:
+        if kept.block is None:
+            kept.block = self.scratch(kept.numel * kept.itemsize)
+
     def _again(
-        self, compute: Callable[[Value], Value], numel: int, itemsize: int, saves: int, node: Node
+        self, compute: Callable[[Value], Value], kept: _Input, saves: int, node: Node
     ) -> list[Value | None]:
         """Backward goes as far as it can without anything saved; what it then waits for is computed again."""
-        start, nodes, last_saver, end = self._computed(compute, Value(numel, itemsize, None), 0)
+        start, nodes, last_saver, end = self._computed(compute, Value(kept.numel, kept.itemsize, None), 0)
         assert end is not None
         end.gradient, node.gradient = node.gradient, None
         later = nodes[last_saver + 1 :]
@@ -142,13 +177,12 @@ class Tape:
         waiting = [start.gradient, *(each.gradient for each in nodes)]
         del start, nodes
 
-        start, nodes, last_saver, _ = self._computed(
-            compute, Value(numel, itemsize, node.saved[0]), self._saves + saves
-        )
+        start, nodes, last_saver, _ = self._computed(compute, self._restored(kept), self._saves + saves)
         del nodes[last_saver + 1 :]
         for each in reversed((start, *nodes)):
             each.gradient = waiting.pop()
         self._run(nodes)
+        kept.block = None
         return [start.gradient]
 
     def _computed(

@@ -7,7 +7,7 @@ of micro-batch that the step's execution has (`execution_formulas.py`), and the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lowmem.memory.activation_operators import Work
@@ -15,6 +15,7 @@ from lowmem.memory.activation_profile import Profile, profile
 from lowmem.memory.architecture import Architecture
 from lowmem.memory.cards import CUBLAS_BYTES
 from lowmem.memory.estimate_method import BASELINES, Method, baseline_method, recipe_method
+from lowmem.memory.host_memory import SMALLEST_OFFLOADED_BYTES, pinned_bytes
 from lowmem.memory.ledger import PARTS, Part, Phase
 from lowmem.recipe.schema import Recipe
 
@@ -38,6 +39,8 @@ class Estimate:
     parts: dict[Part, int]
     phase: Phase
     conditions: dict[str, Any]
+    pinned_host_bytes: int = 0
+    """For activations that are moved to the host."""
 
 
 def estimate(
@@ -104,7 +107,8 @@ def estimate_method(
     phase, parts = max(moments, key=lambda moment: sum(moment[1].values()))
     peak = sum(parts.values())
     conditions = _conditions(method, recipe, architecture, work)
-    return Estimate(peak, reserved_for(peak), parts, phase, conditions)
+    pinned = architecture.layers * pinned_bytes(_input_bytes(work, architecture)) if work.offloading else 0
+    return Estimate(peak, reserved_for(peak), parts, phase, conditions, pinned)
 
 
 def work_of(
@@ -122,7 +126,7 @@ def work_of(
     attention = recipe.model.attn
     window = architecture.sliding_window
     needs_mask = masked or attention == "eager" or (window is not None and tokens >= window)
-    return Work(
+    work = Work(
         rows=recipe.train.per_device_batch_size,
         tokens=tokens,
         itemsize=method.itemsize,
@@ -134,6 +138,15 @@ def work_of(
         on_cuda=on_cuda,
         adapters=method.adapters,
     )
+    is_large = _input_bytes(work, architecture) >= SMALLEST_OFFLOADED_BYTES
+    return replace(
+        work, offloading=recipe.train.activation_offload and work.checkpointing and on_cuda and is_large
+    )
+
+
+def _input_bytes(work: Work, architecture: Architecture) -> int:
+    """Of one layer."""
+    return work.rows * work.tokens * architecture.hidden * work.itemsize
 
 
 def reserved_for(peak_bytes: int) -> int:
@@ -156,6 +169,7 @@ def _conditions(method: Method, recipe: Recipe, architecture: Architecture, work
         "gradient_accumulation_steps": recipe.train.gradient_accumulation_steps,
         "execution": method.mode,
         "activation_checkpointing": work.checkpointing,
+        "activation_offload": recipe.train.activation_offload and work.on_cuda,
         "loss": recipe.train.loss,
         "attn": recipe.model.attn,
         "attention_mask": work.masked,

@@ -90,6 +90,7 @@ def plan_document(
     checkpoint: Checkpoint | None,
     changes: Sequence[Change],
     notes: Sequence[str],
+    pinned_host_bytes: int = 0,
 ) -> dict[str, Any]:
     """JSON values. `planned` is about the training steps; `moments` may hold evaluations after them."""
     document = memory_document(
@@ -115,6 +116,7 @@ def plan_document(
             }
             for moment in moments
         ],
+        "pinned_host_bytes": pinned_host_bytes,
         "checkpoint": None if checkpoint is None else vars(checkpoint),
         "changes_that_fit": [vars(change) for change in changes],
         "notes": list(notes),

@@ -56,6 +56,10 @@ def _parts(document: dict[str, Any], bar: str) -> list[str]:
         lines.append(
             f"{'reserved':<{NAME}}{in_unit(document['reserved_bytes'], unit):>{NUMBER}}  by the allocator"
         )
+    if pinned := document["pinned_host_bytes"]:
+        lines.append(
+            f"{'on the host':<{NAME}}{in_unit(pinned, unit):>{NUMBER}}  pinned, for offloaded activations"
+        )
     return [line[:WIDTH] if line.startswith(unit[0]) else line for line in lines]
 
 

@@ -115,6 +115,7 @@ class _Changes:
     def singles(self) -> Iterator[Keys]:
         yield from self._free_of_charge()
         yield from self._freed_gradients()
+        yield from self._offloaded()
         yield from self._fewer_rows()
         yield from self._fewer_micro_batches()
         yield from self._shorter({}, at_least=self._tolerable_length)
@@ -152,6 +153,13 @@ class _Changes:
             }
         elif self._no_global_clipping:
             yield keys
+
+    def _offloaded(self) -> Iterator[Keys]:
+        """What activation checkpointing keeps, on the host: the same bits for the price of copies."""
+        train = self.recipe.train
+        recomputed = {} if train.activation_checkpointing else {"train.activation_checkpointing": True}
+        if not train.activation_offload and not (recomputed and self._fit(recomputed)):
+            yield {**recomputed, "train.activation_offload": True}
 
     def _fewer_micro_batches(self) -> Iterator[Keys]:
         """The same with the rows of a micro-batch."""
@@ -215,6 +223,7 @@ class _Changes:
         yield from self._free_of_charge()
         if self.recipe.train.gradient_accumulation_steps == 1:
             yield from self._freed_gradients()
+        yield from self._offloaded()
         if self.recipe.train.per_device_batch_size > 1:
             yield {"train.per_device_batch_size": 1}
         yield from self._fewer_micro_batches()

@@ -30,6 +30,7 @@ def check_combinations(root: Node, problems: Problems, *, files_must_exist: bool
     if merge and merge.value is True and not given(root, "lora"):
         mend = "Add lora: {r: 16}, or delete save.merge_lora."
         problems.add(merge.place, f"save.merge_lora needs lora:, and there is none. {mend}")
+    check_activation_offload(root, problems)
     if files_must_exist:
         check_resume(root, problems)
 
@@ -42,6 +43,17 @@ def given(root: Node, dotted: str) -> Node | None:
             return None
         node = node.value.get(name)
     return node if node is not None and node.value is not None else None
+
+
+def check_activation_offload(root: Node, problems: Problems) -> None:
+    offload, recomputed = (
+        given(root, "train.activation_offload"),
+        given(root, "train.activation_checkpointing"),
+    )
+    if offload and offload.value is True and not (recomputed and recomputed.value is True):
+        message = "train.activation_offload moves what activation checkpointing keeps, and that is off."
+        mend = "Add train.activation_checkpointing: true, or delete train.activation_offload."
+        problems.add(offload.place, f"{message} {mend}")
 
 
 def check_resume(root: Node, problems: Problems) -> None:

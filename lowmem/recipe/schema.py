@@ -154,6 +154,10 @@ class TrainRecipe:
         "the leanest that can do the accumulation and clipping asked for",
     )
     activation_checkpointing: bool = key(False, "recompute activations in backward instead of keeping them")
+    activation_offload: bool = key(
+        False,
+        "on CUDA, keep what activation checkpointing keeps in the host's pinned memory; the bits stay the same",
+    )
     loss: Literal["chunked", "plain"] = key("chunked", "chunked never holds the whole logits")
     seed: int = key(0, "seed of weights, data order and stochastic rounding", at_least=0)
 

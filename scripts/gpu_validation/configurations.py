@@ -119,6 +119,8 @@ class Configuration:
         return shape
 
 
+OFFLOAD = "train.activation_offload=true"
+
 # fmt: off
 CONFIGURATIONS = (
     Configuration("1b-galore", "LLaMA-3.2-1B", "name: galore", rank=256),
@@ -128,6 +130,7 @@ CONFIGURATIONS = (
     Configuration("1b-adamw-in-backward", "LLaMA-3.2-1B", torch_adamw="adamw_fused_backward", tokens=2048),
     Configuration("1b-sgd-long-rows", "LLaMA-3.2-1B", "name: sgd", tokens=4096, rows="packed"),
     Configuration("7b-sgd-sai", "LLaMA-2-7B", "name: sgd_sai", tokens=512, batch=4),
+    Configuration("7b-offload", "LLaMA-2-7B", "name: sgd", tokens=512, batch=8, also=(OFFLOAD,)),
     Configuration("3b-galore-accumulate", "LLaMA-3.2-3B", "name: galore", rank=512, tokens=2048, accumulate=2),
     Configuration("1b-activations", "LLaMA-3.2-1B", "name: sgd", tokens=2048, rows="full", checkpointing=False),
     Configuration("1b-activations-mask", "LLaMA-3.2-1B", "name: sgd", tokens=2048, rows="packed", checkpointing=False),

@@ -22,6 +22,7 @@ from lowmem.hf.adamw_variants import adamw_variants
 from lowmem.hf.make_optimizer import make_optimizer
 from lowmem.hf.metering import STEADY_STEP
 from lowmem.hf.model_from_config import model_without_weights
+from lowmem.hf.model_setup import offload_of
 from lowmem.hf.planned_batches import planned_batch
 from lowmem.hf.recorded_batches import Batch, StepBatches
 from lowmem.hf.replayed_steps import replay, replay_arguments
@@ -92,7 +93,8 @@ class Run:
             warnings.simplefilter("ignore")  # of a Trainer that saves nothing and a model that is never used
             args = replay_arguments(training_arguments(self.recipe, Path(scratch), use_cpu=not on_cuda), data)
             with device:
-                model, _ = model_without_weights(self.recipe, LlamaConfig(**self.shape))
+                offload = offload_of(self.recipe, device, lambda text: None)
+                model, _ = model_without_weights(self.recipe, LlamaConfig(**self.shape), offload=offload)
             gc.collect()
             if on_cuda:
                 torch.cuda.empty_cache()  # what drawing the first weights has left

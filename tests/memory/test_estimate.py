@@ -197,6 +197,42 @@ def test_every_way_to_train_agrees_with_its_simulation(variant):
     assert_agrees(estimate(work, Architecture.from_config(config), on_cuda=False), simulated(config, work))
 
 
+@pytest.mark.parametrize("layers", [2, 3, 4, pytest.param(9, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_offloaded_inputs_agree_with_their_simulation(dtype, layers):
+    config = {**SMALL, "model_type": "llama", "num_hidden_layers": layers}
+    work = recipe(
+        "sgd",
+        model={"dtype": dtype},
+        tokens=512,
+        per_device_batch_size=16,
+        loss="plain",
+        activation_checkpointing=True,
+        activation_offload=True,
+    )
+    found, run = estimate(work, Architecture.from_config(config)), simulated(config, work, on_cuda=True)
+    assert_agrees(found, run, of_the_rest=0.03)
+    for part in ("activations", "temporary"):
+        assert found.parts[part] == pytest.approx(run.measured.parts[part], rel=0.001)
+    itemsize = 2 if dtype == "bfloat16" else 4
+    assert found.pinned_host_bytes == run.pinned_host_bytes == layers * 16 * 512 * 256 * itemsize
+
+
+def test_inputs_below_the_smallest_size_and_runs_on_a_cpu_are_estimated_without_offload():
+    architecture = Architecture.from_config({**SMALL, "model_type": "llama", "num_hidden_layers": 9})
+    for tokens, on_cuda in ((64, True), (4096, False)):
+        with_offload, without = (
+            estimate(
+                recipe(tokens=tokens, activation_checkpointing=True, activation_offload=on),
+                architecture,
+                on_cuda=on_cuda,
+            )
+            for on in (True, False)
+        )
+        assert with_offload.parts == without.parts
+        assert with_offload.pinned_host_bytes == 0
+
+
 RANK = {"rank": 32}
 EXECUTIONS = {
     "fused": (recipe("sgd_sai", execution="fused"), "backward"),

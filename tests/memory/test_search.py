@@ -215,6 +215,19 @@ def test_micro_batches_are_put_together_where_that_frees_more_gradients_than_it_
     assert written(changes_that_fit(recipe, LLAMA_32_1B, card))[0] == together
 
 
+def test_offloading_is_suggested_where_it_is_enough_together_with_what_it_needs(file):
+    base = ["train.loss=chunked", "optimizer.name=sgd", "optimizer.clip=tensor"]
+    for recomputed in ([], ["train.activation_checkpointing=true"]):
+        recipe = load_recipe(file, [*base, *recomputed])
+        checkpointing = load_recipe(file, [*base, "train.activation_checkpointing=true"])
+        offloading = ["train.activation_checkpointing=true", "train.activation_offload=true"]
+        leaner = estimate(load_recipe(file, [*base, *offloading]), LLAMA_32_1B).reserved_bytes
+        card = card_between(estimate(checkpointing, LLAMA_32_1B).reserved_bytes, leaner)
+        wanted = [each for each in offloading if each not in recomputed]
+        assert wanted in written(changes_that_fit(recipe, LLAMA_32_1B, card))
+        assert wanted not in written(changes_that_fit(checkpointing, LLAMA_32_1B, 79 * GIB))
+
+
 def test_the_recipes_own_execution_is_questioned(file):
     overrides = ["optimizer.name=galore", "train.loss=chunked", "train.activation_checkpointing=true"]
     overrides += ["data.max_length=512", "train.per_device_batch_size=1"]

@@ -40,6 +40,18 @@ def test_a_format_is_required_with_path_and_hub_and_refused_with_builtin() -> No
     assert problem == "r.yaml:3: data.train.format does not go with builtin. Delete it."
 
 
+@pytest.mark.parametrize("line", ["", "  activation_checkpointing: false\n"])
+def test_activation_offload_needs_activation_checkpointing(line: str) -> None:
+    (problem,) = problems_of(with_lines(f"train:\n  activation_offload: true\n{line}"))
+    assert problem == (
+        "r.yaml:8: train.activation_offload moves what activation checkpointing keeps, and that is off. "
+        "Add train.activation_checkpointing: true, or delete train.activation_offload."
+    )
+    text = with_lines("train: {activation_offload: true, activation_checkpointing: true}\n")
+    assert load_recipe(write(text)).train.activation_offload
+    assert not load_recipe(write(with_lines("train: {activation_offload: false}\n"))).train.activation_offload
+
+
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize(
     ("source", "stranger"),
