@@ -6,8 +6,13 @@
     sgd_sai     momentum_buffer N (nothing without momentum), gsnr 1 in float32
     galore      basis m r, exp_avg r n, exp_avg_sq r n; as adamw where r >= m and for what is no matrix
 
-and `step`, 4 bytes. A value takes the bytes of its role's storage format. The tests hold every optimizer
-equal to `LowMemOptimizer.state_bytes()`.
+and `step`, 4 bytes. A value takes the bytes of its role's storage format:
+
+    param, fp32, bf16   its dtype's
+    int8                1, and 4 for each 256 values
+    int4                1 for two, and 3 for each 128 values
+
+The tests hold every optimizer equal to `LowMemOptimizer.state_bytes()`.
 """
 
 from __future__ import annotations
@@ -72,7 +77,10 @@ FORMULAS: dict[str, Callable[[Settings, Shape], State]] = {
 TREATS_MATRICES = frozenset({"galore"})
 """Optimizers that leave all but the targeted matrices to the fallback."""
 
-_FORMAT_BYTES = {"fp32": 4, "bf16": 2}
+_FORMAT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 1}
+
+INT8_BLOCK, INT4_GROUP = 256, 128
+"""Values that share a scale, as in `lowmem.numerics`; a test holds them equal."""
 
 
 def is_low_rank(settings: Settings, shape: Shape) -> bool:
@@ -99,12 +107,28 @@ def state_values(algorithm: str, settings: Settings, shape: Shape) -> State:
     return FORMULAS[algorithm](with_defaults(algorithm, settings), shape)
 
 
-def stored_itemsize(tensor: StateTensor, settings: Settings, param_itemsize: int) -> int:
-    """Bytes of a value of `tensor` under the `storage` setting."""
+def storage_format(tensor: StateTensor, settings: Settings) -> str:
+    """Of `tensor` under the `storage` setting."""
     if tensor.role == "scalar":
-        return 4
-    chosen = (settings.get("storage") or {}).get(tensor.role, "param")
+        return "fp32"
+    return (settings.get("storage") or {}).get(tensor.role, "param")
+
+
+def stored_itemsize(tensor: StateTensor, settings: Settings, param_itemsize: int) -> int:
+    """Bytes of a value of `tensor`, without scales; of one in int4, which takes half a byte, 1."""
+    chosen = storage_format(tensor, settings)
     return param_itemsize if chosen == "param" else _FORMAT_BYTES[chosen]
+
+
+def stored_sizes(tensor: StateTensor, settings: Settings, param_itemsize: int) -> list[int]:
+    """Bytes of each tensor that `tensor` is kept in: codes, scales and zeros where it is in few bits."""
+    chosen, numel = storage_format(tensor, settings), tensor.numel
+    if chosen == "int8":
+        return [numel, 4 * -(-numel // INT8_BLOCK)]
+    if chosen == "int4":
+        groups = -(-numel // INT4_GROUP)
+        return [-(-numel // 2), 2 * groups, groups]
+    return [numel * stored_itemsize(tensor, settings, param_itemsize)]
 
 
 def state_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: int, *, round_to: int = 1) -> int:
@@ -112,7 +136,7 @@ def state_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: int,
     if math.prod(shape) == 0:
         return 0
     tensors = state_values(algorithm, settings, shape).values()
-    sizes = [each.numel * stored_itemsize(each, settings, itemsize) for each in tensors]
+    sizes = [size for each in tensors for size in stored_sizes(each, settings, itemsize)]
     return sum(rounded(size, round_to) for size in (*sizes, STEP_BYTES))
 
 

@@ -5,6 +5,7 @@ Element-wise rules work on tiles of n = 2^21 values (a smaller parameter whole),
     update       gradient, each bfloat16 state, the direction: 4 n each
     write back   each bfloat16 state, the direction: 4 n each; the weight 4 n, its noise 4 n, its rounded copy 2 n
     next tile    what the one before made, beside its own update
+    save         what is made, beside the rounding of a bfloat16 state, 6 n, or the coding of an int8 one
 
 Nothing but a scalar where torch's fused kernel does it all: weight, gradient and state of one dtype, and no stochastic
 rounding. GaLore's matrix (m, n) with m <= n of rank r, tiles of t values, a width of w = r + 16:
@@ -13,6 +14,9 @@ rounding. GaLore's matrix (m, n) with m <= n of rank r, tiles of t values, a wid
     inner Adam   basis 4 m r; R, both moments and the direction 4 r n each
     write back   basis 4 m r; moments and direction 4 r n each; a tile's weight, noise, rounded copy 10 t
     refresh      old basis 4 m r, start 4 m w, product and scaled product 4 w n each, qr's result 4 w n
+
+Codes are made of c = 2^19 values at a time. Bytes of it: 26 c in int8 (shares of the scale, magnitudes, codes, the two
+levels around each and random numbers; 21 c without them), 6 c in int4; of reading int8 moments again, 4 c.
 """
 
 from __future__ import annotations
@@ -23,10 +27,21 @@ from dataclasses import dataclass
 
 from lowmem.memory.architecture import Shape
 from lowmem.memory.ledger import rounded
-from lowmem.memory.state_formulas import Settings, is_low_rank, state_values, stored_itemsize, with_defaults
+from lowmem.memory.state_formulas import (
+    Settings,
+    StateTensor,
+    is_low_rank,
+    state_values,
+    storage_format,
+    stored_itemsize,
+    with_defaults,
+)
 
 TILE_NUMEL = 1 << 21
 """As in `lowmem.numerics.tiles`; a test holds the two equal."""
+
+CODED_NUMEL = 1 << 19
+"""Likewise."""
 
 OVERSAMPLE = 16
 """Columns of a subspace iteration beyond the rank; likewise."""
@@ -90,11 +105,8 @@ def projected(
 
 
 def _element_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: int) -> int:
-    tensors = [
-        stored_itemsize(each, settings, itemsize)
-        for each in state_values(algorithm, settings, shape).values()
-        if each.role != "scalar"
-    ]
+    states = [each for each in state_values(algorithm, settings, shape).values() if each.role != "scalar"]
+    tensors = [stored_itemsize(each, settings, itemsize) for each in states]
     is_stochastic = settings["rounding"] == "stochastic"
     n = min(math.prod(shape), TILE_NUMEL)
     refresh = (4 * n if itemsize < 4 else 0) + 4 * n if algorithm == "sgd_sai" else 0
@@ -104,16 +116,28 @@ def _element_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: i
     direction = 4 * _DIRECTIONS[algorithm](settings)
     made = 4 * sum(each < 4 for each in tensors) + direction
     kept = made + (gradient if algorithm == "sgd" and not settings["momentum"] else 0)
-    rounds = 6 if is_stochastic else 0
-    weight = 4 + rounds if itemsize < 4 else 0
-    saved = rounds if any(each < 4 for each in tensors) else 0
+    weight = (4 + (6 if is_stochastic else 0)) * n if itemsize < 4 else 0
+    saved = max((_saving_bytes(each, settings, itemsize, n) for each in states), default=0)
     next_n = min(math.prod(shape) - n, TILE_NUMEL)
+    # Reading is fullest at its end only where no direction is made after it.
+    reads = 4 if not direction and any(each == 1 for each in tensors) else 0
     return max(
         refresh,
-        (gradient + made) * n,
-        (kept + max(weight, saved)) * n,
-        kept * n + (gradient + made) * next_n,
+        (gradient + made) * n + reads * min(n, CODED_NUMEL),
+        kept * n + max(weight, saved),
+        kept * n + (gradient + made) * next_n + reads * min(next_n, CODED_NUMEL),
     )
+
+
+def _saving_bytes(tensor: StateTensor, settings: Settings, itemsize: int, numel: int) -> int:
+    """Beside the `numel` float32 values of a tensor of state, while they are rounded to its format."""
+    is_stochastic = settings["rounding"] == "stochastic" and tensor.role != "basis"
+    chosen, coded = storage_format(tensor, settings), min(numel, CODED_NUMEL)
+    if chosen == "int8":
+        return (26 if is_stochastic else 21) * coded
+    if chosen == "int4":
+        return 6 * coded
+    return 6 * numel if is_stochastic and stored_itemsize(tensor, settings, itemsize) < 4 else 0
 
 
 _DIRECTIONS: dict[str, Callable[[Settings], int]] = {
@@ -146,14 +170,14 @@ def _projected_update_bytes(settings: Settings, shape: Shape, itemsize: int, *, 
     loaded = _copies(
         settings, shape, itemsize, {"basis": 4 * short * rank, "exp_avg": low, "exp_avg_sq": low}
     )
-    is_narrow = any(
-        stored_itemsize(each, settings, itemsize) < 4
+    rounds = 6 if settings["rounding"] == "stochastic" else 0
+    saving = [
+        _saving_bytes(each, settings, itemsize, rank * long)
         for name, each in state_values("galore", settings, shape).items()
         if name != "basis"
-    )
-    rounds = 6 if settings["rounding"] == "stochastic" else 0
+    ]
     inner = loaded + low + (low if holds_gradient else 0)
-    saved = loaded + low + (rounds * rank * long if is_narrow else 0)
+    saved = loaded + low + max(saving)
     written = loaded + low + ((4 + rounds) * tile if itemsize < 4 else 0)
     return max(inner, saved, written)
 
@@ -167,16 +191,18 @@ def _copies(settings: Settings, shape: Shape, itemsize: int, sizes: dict[str, in
 def _refresh_bytes(settings: Settings, shape: Shape, itemsize: int, on_cuda: bool) -> int:
     short, long, rank = _sizes(settings, shape)
     whole, old = 4 * short * long, 4 * short * rank
+    basis = StateTensor(short * rank, "basis")
+    saved = old + _saving_bytes(basis, settings, itemsize, short * rank)
     if settings["projection"] == "svd":
         copy = whole if itemsize < 4 else 0
         factors = 4 * (short * short + short + short * long)
-        return old + copy + factors + (SVD_COPIES * whole if on_cuda else 0)
+        return max(old + copy + factors + (SVD_COPIES * whole if on_cuda else 0), saved)
     width = min(short, rank + OVERSAMPLE)
     start, product = 4 * short * width, 4 * width * long
     tile = 4 * min(short * long, TILE_NUMEL) if itemsize < 4 else 0
     multiplied = start + max(start + product + tile, 2 * product)
     orthonormal = start + 2 * product + (QR_COPIES * product if on_cuda else 0)
-    return old + max(multiplied, orthonormal)
+    return max(old + max(multiplied, orthonormal), saved)
 
 
 def _sizes(settings: Settings, shape: Shape) -> tuple[int, int, int]:

@@ -14,6 +14,9 @@ from torch import Tensor
 TILE_NUMEL = 1 << 21
 """Elements in one slice: 8 MiB as float32."""
 
+CODED_NUMEL = 1 << 19
+"""Elements that are turned into codes of few bits at one time, which needs several times their memory."""
+
 
 def flat_slices(numel: int) -> Iterator[slice]:
     """Cut `numel` elements into slices of at most `TILE_NUMEL`."""

@@ -19,9 +19,10 @@ from torch import Tensor
 from lowmem.numerics.held_weights import drop_grad_, grad_of, held_weight, numel_of, shape_of
 from lowmem.numerics.seeding import seeded_generator
 from lowmem.optim import registry
+from lowmem.optim.codecs import Codec
 from lowmem.optim.param_groups import check_params, drop_settings_of_others_, filled_group
 from lowmem.optim.rule import Context, Rule, Shape
-from lowmem.optim.storage import WHOLE, Float, LoadedState, accumulator_dtype, storage_for
+from lowmem.optim.storage import WHOLE, LoadedState, accumulator_dtype, codec_for
 from lowmem.optim.torch_kernels import step_with_torch_
 from lowmem.optim.writeback import parts_of, write_
 
@@ -220,8 +221,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
                     continue
                 rule = owner.rule(group, shape_of(param))
                 codecs = self._codecs(param, group, rule)
-                slots = rule.slots(shape_of(param))
-                total += sum(codecs[name].nbytes(slot) for name, slot in slots.items()) + 4  # and `step`
+                total += sum(codec.nbytes() for codec in codecs.values()) + 4  # and `step`
         return total
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -264,18 +264,17 @@ class LowMemOptimizer(torch.optim.Optimizer):
     def _stored(self, param: Tensor, group: dict[str, Any], rule: Rule) -> dict[str, Tensor]:
         stored = self.state[param]
         if not stored:
-            codecs = self._codecs(param, group, rule)
-            for name, slot in rule.slots(shape_of(param)).items():
-                stored[name] = codecs[name].allocate(slot, param.device)
+            for codec in self._codecs(param, group, rule).values():
+                stored.update(codec.allocate(param.device))
             stored["step"] = torch.zeros((), dtype=torch.float32)
             self._steps[param] = 0
             self._known[param] = {}
         return stored
 
-    def _codecs(self, param: Tensor, group: dict[str, Any], rule: Rule) -> dict[str, Float]:
+    def _codecs(self, param: Tensor, group: dict[str, Any], rule: Rule) -> dict[str, Codec]:
         formats = group["storage"] or {}
         return {
-            name: storage_for(slot.role, formats, param.dtype)
+            name: codec_for(name, slot, formats, param.dtype)
             for name, slot in rule.slots(shape_of(param)).items()
         }
 

@@ -94,10 +94,14 @@ class LowRank(Rule):
         return {BASIS: P, **changed}
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> tuple[Direction, dict[str, Tensor]]:
-        return self.update_projected(self.project(grad, state), tuple(grad.shape), state, ctx)
+        P = state[BASIS]  # once, as loading it may mean decoding it
+        return self._direction(self._project(grad, P), tuple(grad.shape), P, state, ctx)
 
     def project(self, grad: Tensor, state: State) -> Tensor:  # (..., r, n)
-        G, P = _wide(grad), state[BASIS]
+        return self._project(grad, state[BASIS])
+
+    def _project(self, grad: Tensor, P: Tensor) -> Tensor:
+        G = _wide(grad)
         if G.dim() == 2:
             return matmul_transposed_fp32(G, P)
         return torch.stack([matmul_transposed_fp32(G_e, P_e) for G_e, P_e in zip(G, P, strict=True)])
@@ -109,7 +113,11 @@ class LowRank(Rule):
     def update_projected(
         self, projected: Tensor, shape: Shape, state: State, ctx: Context
     ) -> tuple[Direction, dict[str, Tensor]]:
-        R, P = projected, state[BASIS]
+        return self._direction(projected, shape, state[BASIS], state, ctx)
+
+    def _direction(
+        self, R: Tensor, shape: Shape, P: Tensor, state: State, ctx: Context
+    ) -> tuple[Direction, dict[str, Tensor]]:
         N, inner_state = self.inner.update(R, self._inner_state(state), self._inner_context(ctx))
         assert isinstance(N, Tensor)
         left, right = (P, N) if shape[-2] < shape[-1] else (N.mT, P.mT)
@@ -138,9 +146,7 @@ class LowRank(Rule):
         """
         total = sum_and_squares(grad)[1]
         at_random = total * (self.rank / min(grad.shape[-2:]))
-        old, new = (
-            sum_and_squares(self.project(grad, {BASIS: basis}))[1] - at_random for basis in (P_old, P)
-        )
+        old, new = (sum_and_squares(self._project(grad, basis))[1] - at_random for basis in (P_old, P))
         # A gradient without preferred directions is served by any basis.
         return torch.where(new > 1e-3 * total, old / new, torch.ones_like(new)).clamp(0, 1).float()
 

@@ -1,80 +1,57 @@
-"""How a slot of state is kept between steps: the codec between float32 and memory.
+"""How state is kept between steps: which format a slot has, and the state that a rule sees.
 
-A rule never knows. The engine asks for a slot (or a flat slice of it) as float32 and gives it back;
+A rule never knows the format. The engine asks for a slot (or a flat slice of it) as float32 and gives it back;
 every tensor involved is a plain tensor under a string key, so checkpoints load with
 `torch.load(weights_only=True)`.
+
+    format    bytes a value                    kept as
+    param     the weight's                     a tensor of the weight's dtype
+    fp32      4
+    bf16      2
+    int8      1 + 4 / 256                      codes, and NAME_scale
+    int4      0.5 + 3 / 128   bases only       packed codes, NAME_scale and NAME_zero
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from lowmem.numerics.rounding import bf16_stochastic
+from lowmem.optim.codecs import WHOLE, Codec, Float, Int4Groups, Int8Blocks
 from lowmem.optim.rule import Role, Slot
 
-WHOLE = slice(None)
+__all__ = ["FORMATS", "WHOLE", "LoadedState", "accumulator_dtype", "codec_for"]
 
 FORMATS: dict[Role, tuple[str, ...]] = {
-    "moment": ("param", "fp32", "bf16"),
-    "variance": ("param", "fp32", "bf16"),
-    "basis": ("param", "fp32", "bf16"),
+    "moment": ("param", "fp32", "bf16", "int8"),
+    "variance": ("param", "fp32", "bf16", "int8"),
+    "basis": ("param", "fp32", "bf16", "int8", "int4"),
 }
 """What a recipe may choose for each role; `param` follows the parameter's dtype, as torch does."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class Float:
-    """Plain floating point: one tensor under the slot's own name."""
+def codec_for(name: str, slot: Slot, formats: Mapping[str, str], param_dtype: torch.dtype) -> Codec:
+    """The codec for a slot called `name`, given the group's `storage` setting.
 
-    def __init__(self, dtype: torch.dtype, *, stochastic: bool):
-        self.dtype = dtype
-        self.stochastic = stochastic and dtype == torch.bfloat16
-
-    def allocate(self, slot: Slot, device: torch.device) -> Tensor:
-        return torch.zeros(slot.shape, dtype=self.dtype, device=device)
-
-    def nbytes(self, slot: Slot) -> int:
-        return math.prod(slot.shape) * self.dtype.itemsize
-
-    def load(self, stored: Tensor, part: slice = WHOLE) -> Tensor:
-        """The slot, or a flat slice of it, as float32; the memory itself where it already is float32."""
-        if part == WHOLE:
-            return stored.float()
-        return stored.view(-1)[part].float()
-
-    def save_(self, stored: Tensor, value: Tensor, part: slice, generator: torch.Generator | None) -> None:
-        """Keep `value`; without a generator it is rounded to nearest."""
-        target = stored if part == WHOLE else stored.view(-1)[part]
-        if _is_same_memory(target, value):
-            return
-        target.copy_(value if generator is None or not self.stochastic else bf16_stochastic(value, generator))
-
-
-def _is_same_memory(one: Tensor, other: Tensor) -> bool:
-    """Asked of the storages and not of their addresses, which tensors in a simulation do not have."""
-    return (
-        one.dtype == other.dtype
-        and one.untyped_storage()._cdata == other.untyped_storage()._cdata
-        and one.storage_offset() == other.storage_offset()
-    )
-
-
-def storage_for(role: Role, formats: Mapping[str, str], param_dtype: torch.dtype) -> Float:
-    """The codec for a slot of `role`, given the group's `storage` setting.
-
-    Moments kept in bfloat16 are rounded stochastically: with beta2 = 0.999 a step changes the second
-    moment by a thousandth, which rounding to nearest would lose for ever.
+    Moments kept in bfloat16 or int8 are rounded stochastically: with beta2 = 0.999 a step changes the second
+    moment by a thousandth, which rounding to nearest would lose for ever. A basis is written rarely and as a
+    whole, so it is rounded to nearest.
     """
-    if role == "scalar":
-        return Float(torch.float32, stochastic=False)
-    chosen = formats.get(role, "param")
+    shape = slot.shape
+    if slot.role == "scalar":
+        return Float(name=name, shape=shape, dtype=torch.float32, stochastic=False)
+    chosen = formats.get(slot.role, "param")
+    stochastic = slot.role != "basis"
+    if chosen == "int4":
+        return Int4Groups(name=name, shape=shape)
+    if chosen == "int8":
+        return Int8Blocks(name=name, shape=shape, signed=slot.role != "variance", stochastic=stochastic)
     dtype = param_dtype if chosen == "param" else _DTYPES[chosen]
-    return Float(dtype, stochastic=role != "basis")
+    return Float(name=name, shape=shape, dtype=dtype, stochastic=stochastic)
 
 
 def accumulator_dtype(chosen: str, param_dtype: torch.dtype) -> torch.dtype:
@@ -88,14 +65,14 @@ class LoadedState(Mapping[str, Tensor]):
     def __init__(
         self,
         stored: Mapping[str, Tensor],
-        codecs: Mapping[str, Float],
+        codecs: Mapping[str, Codec],
         slots: Mapping[str, Slot],
         part: slice,
     ):
         self._stored, self._codecs, self._slots, self._part = stored, codecs, slots, part
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._codecs[name].load(self._stored[name], _part_of(self._slots[name], self._part))
+        return self._codecs[name].load(self._stored, _part_of(self._slots[name], self._part))
 
     def __iter__(self):
         return iter(self._slots)
@@ -105,9 +82,7 @@ class LoadedState(Mapping[str, Tensor]):
 
     def save_(self, values: Mapping[str, Tensor], generator: torch.Generator | None) -> None:
         for name, value in values.items():
-            self._codecs[name].save_(
-                self._stored[name], value, _part_of(self._slots[name], self._part), generator
-            )
+            self._codecs[name].save_(self._stored, value, _part_of(self._slots[name], self._part), generator)
 
 
 def _part_of(slot: Slot, part: slice) -> slice:

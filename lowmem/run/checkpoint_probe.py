@@ -37,11 +37,9 @@ def state_in_small(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
             if not param.requires_grad or numel_of(param) == 0:
                 continue
             rule = owner.rule(group, shape_of(param))
-            codecs = optimizer._codecs(param, group, rule)
-            declared = {
-                name: codecs[name].allocate(slot, torch.device("meta"))
-                for name, slot in rule.slots(shape_of(param)).items()
-            }
+            declared: dict[str, Tensor] = {}
+            for codec in optimizer._codecs(param, group, rule).values():
+                declared.update(codec.allocate(torch.device("meta")))
             state[index] = _in_small({**declared, "step": torch.zeros((), dtype=torch.float32)})
     return {"state": state, "param_groups": saved["param_groups"]}
 

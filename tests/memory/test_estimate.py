@@ -21,12 +21,12 @@ from lowmem.hf.planned_batches import planned_batch
 from lowmem.hf.simulated_run import simulate_run
 from lowmem.hf.tiled_cross_entropy import FEWEST_COLUMNS, TILE_BYTES
 from lowmem.hf.tiled_cross_entropy import columns_per_tile as real_columns_per_tile
-from lowmem.memory import activation_loss, estimate_method, step_formulas, workspaces
+from lowmem.memory import activation_loss, estimate_method, state_formulas, step_formulas, workspaces
 from lowmem.memory.architecture import FAMILIES, Architecture
 from lowmem.memory.estimate import BASELINES, CUBLAS_BYTES, PAD_TO, estimate, estimate_baseline
 from lowmem.memory.ledger import rounded
 from lowmem.memory.tracker import ByteTracker
-from lowmem.numerics import tiles
+from lowmem.numerics import int4_groups, int8_blocks, tiles
 from lowmem.optim.registry import OPTIMIZERS, optimizer_class
 from lowmem.recipe.schema import (
     DataRecipe,
@@ -373,6 +373,10 @@ UPDATES = [
     {"rounding": "nearest"},
     {"storage": {"moment": "fp32"}},
     {"storage": {"moment": "bf16", "variance": "bf16", "basis": "fp32"}},
+    {"storage": {"moment": "int8", "variance": "int8", "basis": "int4"}},
+    {"storage": {"moment": "int8", "basis": "int8"}, "rounding": "nearest"},
+    {"storage": {"moment": "int8"}, "momentum": 0.9},
+    {"storage": {"moment": "int8", "variance": "int8", "basis": "int4"}, "rank": 24},
     {"momentum": 0.9},
     {"momentum": 0.0},
     {"momentum": 0.9, "nesterov": True},
@@ -388,6 +392,8 @@ UPDATES = [
 def test_the_temporaries_of_an_update_are_those_that_a_tracker_counts(name, shape, dtype, monkeypatch):
     monkeypatch.setattr(tiles, "TILE_NUMEL", 1 << 14)
     monkeypatch.setattr(step_formulas, "TILE_NUMEL", 1 << 14)
+    monkeypatch.setattr(tiles, "CODED_NUMEL", 1 << 12)
+    monkeypatch.setattr(step_formulas, "CODED_NUMEL", 1 << 12)
     known = optimizer_class(name)([nn.Parameter(torch.ones(1))]).param_groups[0]
     for settings in UPDATES:
         if not set(settings) <= set(known):
@@ -430,6 +436,8 @@ def test_constants_are_those_of_the_code_they_describe():
     for tokens in (0, 1, 100, 4096, 200_000):
         assert activation_loss.columns_per_tile(tokens) == real_columns_per_tile(tokens, TILE_BYTES)
     assert step_formulas.TILE_NUMEL == tiles.TILE_NUMEL
+    assert step_formulas.CODED_NUMEL == tiles.CODED_NUMEL
+    assert (state_formulas.INT8_BLOCK, state_formulas.INT4_GROUP) == (int8_blocks.BLOCK, int4_groups.GROUP)
     assert CUBLAS_BYTES == workspaces.CUBLAS_BYTES
     assert workspaces._COPIES[torch.ops.aten._linalg_svd.default] == step_formulas.SVD_COPIES
     assert workspaces._COPIES[torch.ops.aten.linalg_qr.default] == step_formulas.QR_COPIES

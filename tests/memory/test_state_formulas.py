@@ -34,6 +34,8 @@ VARIED = {
         {"moment": "bf16", "variance": "fp32"},
         {"moment": "fp32", "basis": "bf16"},
         {"moment": "param", "variance": "bf16", "basis": "fp32"},
+        {"moment": "int8", "basis": "int8"},
+        {"moment": "int8", "variance": "int8", "basis": "int4"},
     ],
 }
 SMALL_LLAMA = {

@@ -38,10 +38,15 @@ CASES = [
     for settings in SETTINGS.get(name, [{}])
 ]
 
+LOW_BIT = {"moment": "int8", "variance": "int8", "basis": "int4"}
+LOW_BIT_CASES = [(name, {**settings, "storage": LOW_BIT}) for name, settings in CASES]
+"""The same with state in few bits, which no float64 twin can be held against."""
+
 
 def case_id(case: tuple[str, dict]) -> str:
     name, settings = case
-    return name + "".join(f"-{key}={value}" for key, value in settings.items())
+    shown = {**settings, "storage": "low-bit"} if settings.get("storage") is LOW_BIT else settings
+    return name + "".join(f"-{key}={value}" for key, value in shown.items())
 
 
 def make(case: tuple[str, dict], params, **changes):

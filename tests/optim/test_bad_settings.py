@@ -26,7 +26,10 @@ def parameter(*shape, dtype=torch.float32):
         ({"weight_decay": -0.1}, "weight_decay must be"),
         ({"rounding": "nearset"}, "rounding must be one of stochastic, nearest.*Did you mean 'nearest'"),
         ({"storage": {"momment": "fp32"}}, "no role 'momment'. Did you mean 'moment'"),
-        ({"storage": {"moment": "fp16"}}, "storage of moment must be one of param, fp32, bf16, found 'fp16'"),
+        (
+            {"storage": {"moment": "fp16"}},
+            "storage of moment must be one of param, fp32, bf16, int8, found 'fp16'",
+        ),
         ({"seed": -1}, "seed must be a whole number >= 0"),
         ({"seed": True}, "seed must be a whole number"),
     ],

@@ -6,17 +6,19 @@ import pytest
 import torch
 
 from lowmem.optim.registry import OPTIMIZERS, optimizer_class
+from tests.optim.cases import LOW_BIT
 from tests.optim.live_bytes import PeakOfNewBytes
 
 MIB = 1 << 20
 
 
+@pytest.mark.parametrize("storage", [None, LOW_BIT], ids=["plain", "low-bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_of_a_4096_by_11008_matrix_needs_at_most_64_mib(name, dtype):
+def test_a_step_of_a_4096_by_11008_matrix_needs_at_most_64_mib(name, dtype, storage):
     """First step (state made, basis fitted) and a steady one; the float32 matrix alone would be 172 MiB."""
     param = torch.nn.Parameter(torch.zeros(4096, 11008, dtype=dtype))
-    optimizer = optimizer_class(name)([param], lr=1e-3)
+    optimizer = optimizer_class(name)([param], lr=1e-3, storage=storage)
     param.grad = torch.ones_like(param)
     param.grad[::7, ::3] = -1.0
     param.grad[::5, ::11] = 0.25
