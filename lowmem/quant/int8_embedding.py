@@ -56,8 +56,7 @@ class Int8Embedding(Int8Module):
             device=embedding.weight.device,
         )
         made.weight.requires_grad_(embedding.weight.requires_grad)
-        if embedding.weight.device.type != "meta":
-            made.quantize_(embedding.weight.detach())
+        made.quantize_(embedding.weight.detach())
         return made
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -67,8 +67,7 @@ class Int8Linear(Int8Module):
         )
         made.bias = linear.bias
         made.weight.requires_grad_(linear.weight.requires_grad)
-        if linear.weight.device.type != "meta":
-            made.quantize_(linear.weight.detach())
+        made.quantize_(linear.weight.detach())
         return made
 
     def forward(self, x: Tensor) -> Tensor:

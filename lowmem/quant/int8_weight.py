@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lowmem.numerics.int8_groups import dequantize_rows, groups_in, quantize_rows
 from lowmem.numerics.tiles import TILE_NUMEL
@@ -124,11 +125,16 @@ class Int8Module(nn.Module):
 
     @torch.no_grad()
     def quantize_(self, weight: Tensor) -> None:
-        """Take over a float matrix, a few rows at a time. Raises ValueError for another shape."""
+        """Take over a float matrix, a few rows at a time; one without values (meta, fake) changes nothing.
+
+        Raises ValueError for another shape.
+        """
         if tuple(weight.shape) != tuple(self.weight_codes.shape):
             raise ValueError(
                 f"the weight is {tuple(weight.shape)}, and this module holds one of {tuple(self.weight_codes.shape)}"
             )
+        if weight.is_meta or isinstance(weight, FakeTensor):
+            return
         for rows in self.held.row_slices():
             wide = torch.empty(weight[rows].shape, dtype=torch.float32, device=self.weight_codes.device)
             self.held.store_rows_(rows, wide.copy_(weight[rows]), None)
