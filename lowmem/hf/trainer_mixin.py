@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint
 
 from lowmem.errors import FaultError, RefusedError
+from lowmem.hf.trainer_override import from_a_trainer_with_the_mixin
 from lowmem.memory.wording import size
 from lowmem.optim.engine import LowMemOptimizer
 from lowmem.run.choose import (
@@ -68,7 +69,8 @@ class LowMemTrainerMixin:
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)  # type: ignore[misc]
+        with from_a_trainer_with_the_mixin():
+            optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)  # type: ignore[misc]
         if self.execution is None:
             trained: nn.Module = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
             self.execution = self._begin_execution(optimizer, trained)

@@ -5,11 +5,16 @@ Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=lowmem.hf.opti
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import nn
 
+from lowmem.errors import RefusedError
+from lowmem.numerics.held_weights import held_weight
 from lowmem.optim import LowMemOptimizer, build_optimizer
 from lowmem.optim.registry import optimizer_class
 from lowmem.optim.settings import settings_of
@@ -18,6 +23,10 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 BuildFromModel = Callable[[nn.Module], LowMemOptimizer]
+
+MIXIN = "Use class MyTrainer(lowmem.hf.LowMemTrainerMixin, Trainer)"
+
+_has_mixin: ContextVar[bool] = ContextVar("has_mixin", default=False)
 
 
 def optimizer(
@@ -32,7 +41,9 @@ def optimizer(
     Every value comes from this call, and then `lr` is required; with `args=training_args` the learning
     rate, betas, eps and weight decay that are not given here are taken from it.
 
-    Raises ValueError for an unknown name or setting, at once and not when training starts.
+    Raises ValueError for an unknown name or setting, at once and not when training starts. When it starts, raises
+    RefusedError for a model with int8 weights that a Trainer without `LowMemTrainerMixin` would clip wrongly or, in
+    several processes, train apart: it looks at `.grad`, which those do not have.
     """
     known = settings_of(optimizer_class(name))
     chosen = dict(settings)
@@ -49,7 +60,7 @@ def optimizer(
             f"lowmem.hf.optimizer({name!r}) needs lr=..., or args=training_args to take it from there; "
             "the Trainer's own learning_rate does not reach an optimizer given to it"
         )
-    build = _Build(name, lr, chosen)
+    build = _Build(name, lr, chosen, args)
     build(nn.ModuleDict({"attn": nn.Linear(1, 1), "mlp": nn.Linear(1, 1)}), check_only=True)
     return build.factory, {}
 
@@ -57,15 +68,42 @@ def optimizer(
 class _Build:
     """Remembers the settings until the Trainer has the model."""
 
-    def __init__(self, name: str, lr: float, settings: dict[str, Any]):
-        self.name, self.lr, self.settings = name, lr, settings
+    def __init__(self, name: str, lr: float, settings: dict[str, Any], args: TrainingArguments | None):
+        self.name, self.lr, self.settings, self.args = name, lr, settings, args
 
     def factory(self) -> BuildFromModel:
         """The Trainer calls the first element without arguments and what comes back with the model."""
         return self
 
     def __call__(self, model: nn.Module, *, check_only: bool = False) -> LowMemOptimizer:
+        if any(held_weight(param) is not None for param in model.parameters()) and not _has_mixin.get():
+            _refuse_what_a_bare_trainer_cannot_do(self.args)
         settings = {
             key: value for key, value in self.settings.items() if not (check_only and key == "target")
         }
         return build_optimizer(model, self.name, lr=self.lr, **settings)
+
+
+@contextmanager
+def from_a_trainer_with_the_mixin() -> Iterator[None]:
+    """Optimizers made inside belong to a Trainer that clips and reduces gradients beside parameters, too."""
+    token = _has_mixin.set(True)
+    try:
+        yield
+    finally:
+        _has_mixin.reset(token)
+
+
+def _refuse_what_a_bare_trainer_cannot_do(args: TrainingArguments | None) -> None:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise RefusedError(
+            "the model has int8 weights, whose gradients a Trainer in several processes does not reduce: their weights "
+            f"would drift apart. {MIXIN}."
+        )
+    if args is None or args.max_grad_norm:
+        found = "not known here" if args is None else f"{args.max_grad_norm:g}"
+        raise RefusedError(
+            "the model has int8 weights, and a Trainer clips by the norm of the other gradients alone (max_grad_norm "
+            f"is {found}, 1.0 where nothing is said). {MIXIN}, or TrainingArguments(max_grad_norm=0) and "
+            "lowmem.hf.optimizer(..., args=training_args)."
+        )

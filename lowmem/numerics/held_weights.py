@@ -30,6 +30,10 @@ class HeldWeight(Protocol):
         """What the weight takes in its own format."""
         ...
 
+    def stored(self) -> tuple[Tensor, ...]:
+        """The tensors that it is kept in."""
+        ...
+
     def load_rows(self, rows: slice) -> Tensor:
         """A float32 copy of `rows`."""
         ...
@@ -97,3 +101,14 @@ def drop_grad_(param: Tensor) -> None:
 def parameter_count(model: nn.Module, *, only_trained: bool = False) -> int:
     """Values of all weights of `model`, whatever format they are kept in; a tied one counts once."""
     return sum(numel_of(param) for param in model.parameters() if param.requires_grad or not only_trained)
+
+
+def held_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that held weights of `model` are kept in, by the names of their buffers."""
+    stored = {
+        id(tensor)
+        for param in model.parameters()
+        if (held := held_weight(param)) is not None
+        for tensor in held.stored()
+    }
+    return {name: buffer for name, buffer in model.named_buffers() if id(buffer) in stored}

@@ -47,7 +47,10 @@ class Int8Weight:
 
     @property
     def nbytes(self) -> int:
-        return self.module.weight_codes.nbytes + self.module.weight_scales.nbytes
+        return sum(tensor.nbytes for tensor in self.stored())
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        return self.module.weight_codes, self.module.weight_scales
 
     def load_rows(self, rows: slice) -> Tensor:
         module = self.module

@@ -22,9 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lowmem.errors import RefusedError
-from lowmem.numerics.held_weights import grad_of, numel_of
+from lowmem.numerics.held_weights import grad_of, held_tensors, held_weight, numel_of
 from lowmem.optim.engine import LowMemOptimizer
 from lowmem.run.norms import clip_each_, clip_to_, norm_of
+from lowmem.run.same_weights import refuse_different_weights
 
 Mode = Literal["plain", "project", "fused"]
 Clip = Literal["applied", "full", "tensor"]
@@ -85,16 +86,40 @@ class Execution:
         """Hook the trained parameters; before the model is wrapped for data parallel training."""
         trained = [param for param in self._groups if param.requires_grad]
         mine = [param for param in trained if self.handles(param)]
-        if self.frees_gradients and self._processes > 1 and len(mine) == len(trained):
-            # A reducer refuses to have nothing to reduce: it keeps the smallest, which is stepped at the boundary.
-            smallest = min(mine, key=numel_of)
-            mine = [param for param in mine if param is not smallest]
+        if self._processes > 1:
+            mine = self._leave_reducer(model, trained, mine)
         hook = weakly(self._on_gradient)
         self._handles = [param.register_post_accumulate_grad_hook(hook) for param in mine]
-        if mine and self.frees_gradients and self._processes > 1:
-            names = {param: name for name, param in model.named_parameters()}
-            ignored = set(getattr(model, _IGNORED_BY_DDP, ())) | {names[param] for param in mine}
+
+    def _leave_reducer(self, model: nn.Module, trained: list[Tensor], mine: list[Tensor]) -> list[Tensor]:
+        """Have data parallel training ignore what is reduced here, and held weights, which it knows nothing of.
+
+        Gives the parameters of `mine` that are still this way's: a reducer refuses to have nothing to reduce, so
+        it keeps the smallest ordinary one, which is stepped at the boundary.
+        """
+        ordinary = [param for param in trained if held_weight(param) is None]
+        if not ordinary:
+            raise RefusedError(
+                "data parallel training needs a trained weight that is not in int8, and this model has none. "
+                "Train its norms too."
+            )
+        leaving = set(mine) if self.frees_gradients else set()
+        if leaving.issuperset(ordinary):
+            leaving.remove(smallest := min(ordinary, key=numel_of))
+            mine = [param for param in mine if param is not smallest]
+        held = held_tensors(model)
+        refuse_different_weights(held)
+        handles = {name for name, param in model.named_parameters() if held_weight(param) is not None}
+        names = {param: name for name, param in model.named_parameters()}
+        ignored = {
+            *getattr(model, _IGNORED_BY_DDP, ()),
+            *held,
+            *handles,
+            *(names[param] for param in leaving),
+        }
+        if ignored:
             setattr(model, _IGNORED_BY_DDP, ignored)
+        return mine
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -128,6 +153,7 @@ class Execution:
     def finish_backward(self) -> Norms:
         """Reduce over processes, clip, and give the norms; to be called once, before `optimizer.step()`."""
         self._reduce_projected()
+        self._reduce_held()
         full = self._full_norm()
         if self._clips_applied():
             self._project_rest()
@@ -212,6 +238,12 @@ class Execution:
     def _reduce_projected(self) -> None:
         for projected in self.optimizer.projected.values():
             self._reduce(projected)
+
+    def _reduce_held(self) -> None:
+        """No reducer knows of the gradients beside parameters."""
+        for param in self._groups:
+            if held_weight(param) is not None:
+                self._reduce(grad_of(param))
 
     def _reduce(self, tensor: Tensor | None) -> None:
         """Average over the processes of data parallel training."""
