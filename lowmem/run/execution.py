@@ -109,14 +109,12 @@ class Execution:
             mine = [param for param in mine if param is not smallest]
         held = held_tensors(model)
         refuse_different_weights(held)
-        handles = {name for name, param in model.named_parameters() if held_weight(param) is not None}
-        names = {param: name for name, param in model.named_parameters()}
-        ignored = {
-            *getattr(model, _IGNORED_BY_DDP, ()),
-            *held,
-            *handles,
-            *(names[param] for param in leaving),
+        ours = {
+            name
+            for name, param in model.named_parameters()
+            if param in leaving or held_weight(param) is not None
         }
+        ignored = {*getattr(model, _IGNORED_BY_DDP, ()), *held, *ours}
         if ignored:
             setattr(model, _IGNORED_BY_DDP, ignored)
         return mine
