@@ -56,7 +56,7 @@ StorageSetting = Annotated[
 ]
 Rounding = Annotated[
     Literal["stochastic", "nearest"],
-    "how bfloat16 weights and moments are rounded; nearest loses small updates",
+    "how bfloat16 weights and bfloat16 or int8 moments are rounded; nearest loses small updates",
 ]
 Seed = Annotated[int, Range(at_least=0), "seed of projections and stochastic rounding"]
 

@@ -25,6 +25,11 @@ SETTINGS = (
     "report.log_every=1",
 )
 
+LOW_BIT = (
+    "optimizer.storage={moment: int8, variance: int8, basis: int4}",
+    "optimizer.fallback={name: adamw, storage: {moment: int8, variance: int8}}",
+)
+
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
@@ -71,8 +76,9 @@ def cut_back(run, step):
         ("model.dtype=float32",),
         ("model.dtype=bfloat16",),
         ("lora.r=2", "lora.dropout=0.3", "train.activation_checkpointing=true"),
+        ("model.dtype=bfloat16", *LOW_BIT),
     ],
-    ids=["float32", "bfloat16", "lora_with_dropout"],
+    ids=["float32", "bfloat16", "lora_with_dropout", "state_in_few_bits"],
 )
 def test_resumed_run_equals_uninterrupted_run_bit_by_bit(tmp_path, model_folder, settings):
     recipe = tiny_recipe(tmp_path, model_folder, *SETTINGS, *settings)

@@ -84,6 +84,14 @@ VARIATIONS = {
     "eager attention": ["model.attn=eager"],
     "LoRA, checkpointed": ["lora={r: 4}", "train.activation_checkpointing=true", "model.dtype=bfloat16"],
     "exact projection, rotated": ["optimizer={name: galore, lr: 1.0e-3, rank: 8, projection: svd, on_refresh: rotate}"],
+    "state in few bits": [
+        "optimizer={name: galore, lr: 1.0e-3, rank: 8, storage: {moment: int8, variance: int8, basis: int4}, "
+        "fallback: {name: adamw, storage: {moment: int8, variance: int8}}}",
+        "train.execution=project", "train.gradient_accumulation_steps=2", "model.dtype=bfloat16", *SHORT,
+    ],
+    "AdamW in eight bits": [
+        "optimizer={name: adamw, lr: 1.0e-3, storage: {moment: int8, variance: int8}}", "model.dtype=bfloat16", *SHORT,
+    ],
 }  # fmt: skip
 
 
