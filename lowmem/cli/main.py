@@ -23,6 +23,7 @@ VERBS = {
     "compare": "measure several optimizers on the same steps of a recipe, side by side",
     "eval": "loss, perplexity and exact match of a run's model on held-out rows",
     "generate": "answer prompts with a run's model",
+    "export": "write a run's or a folder's int8 weights as a model that transformers alone loads",
     "report": "write the report of a finished run again",
     "doctor": "show versions, devices and extras, and whether a tiny step works",
 }

@@ -52,7 +52,7 @@ def check_builtin(name: str) -> None:
 def check_model_folder(folder: Path) -> None:
     """Raise RecipeError unless `folder` holds a readable config.json and whole safetensors weights."""
     read_config(folder)
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         _check_safetensors(file)
 
 
@@ -76,7 +76,8 @@ def _json_object(file: Path) -> dict[str, Any]:
     return found
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder. Raises RecipeError where some are missing."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():

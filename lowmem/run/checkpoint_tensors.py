@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,19 @@ _NAMES = {
 """In the order that a file has them, wide values first, so that each tensor lies aligned."""
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """A tensor to be written whose values need not be there at once. `pieces` gives them in order, in `dtype`."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def write_safetensors(
     tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -45,8 +61,22 @@ def write_safetensors(
     Raises ValueError for a dtype that the format does not know, OSError when the disk does not take it.
     """
     for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES or tensor.layout != torch.strided:
+        if tensor.layout != torch.strided:
             raise ValueError(f"{name}: safetensors holds no {tensor.dtype} tensor of layout {tensor.layout}")
+    streamed = {
+        name: Streamed(tensor.dtype, tuple(tensor.shape), partial(_pieces, tensor))
+        for name, tensor in tensors.items()
+    }
+    write_streamed(streamed, path, metadata)
+
+
+def write_streamed(
+    tensors: Mapping[str, Streamed], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
+    """`write_safetensors` for tensors that are made piece by piece while they are written."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
+            raise ValueError(f"{name}: safetensors holds no {tensor.dtype} tensor")
     rank = {dtype: place for place, dtype in enumerate(_NAMES)}
     order = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
@@ -64,15 +94,20 @@ def write_safetensors(
     with Path(path).open("wb", buffering=0) as file:
         _write_all(file.fileno(), memoryview(len(text).to_bytes(8, "little") + text))
         for name in order:
-            _write_tensor(file.fileno(), tensors[name])
+            written = 0
+            for piece in tensors[name].pieces():
+                data = piece.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+                _write_all(file.fileno(), data)
+                written += data.nbytes
+                del piece, data  # before the next one is made
+            assert written == tensors[name].nbytes, f"{name}: its pieces are not the whole tensor"
 
 
-def _write_tensor(file: int, tensor: Tensor) -> None:
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     flat = tensor.detach().contiguous().view(-1)
     values = max(1, PIECE_BYTES // tensor.dtype.itemsize)
     for begin in range(0, flat.numel(), values):
-        piece = flat[begin : begin + values].cpu()
-        _write_all(file, piece.view(torch.uint8).numpy().data)
+        yield flat[begin : begin + values].cpu()
 
 
 def _write_all(file: int, data: memoryview) -> None:
