@@ -148,3 +148,13 @@ def test_storage_with_unknown_roles_or_formats_is_refused() -> None:
     ]
     (problem,) = problems_of(with_optimizer("name: galore, lr: 1, storage: int8"))
     assert "it must be a section from role to format, as in {moment: int8}." in problem
+
+
+def test_state_in_few_bits_can_be_asked_for_and_only_bases_have_four() -> None:
+    bits = "storage: {moment: int8, variance: int8, basis: int4}"
+    fallback = "fallback: {name: adamw, storage: {moment: int8}}"
+    recipe = load_recipe(write(with_optimizer(f"name: galore, lr: 1, {bits}, {fallback}")))
+    assert recipe.optimizer.settings["storage"] == {"moment": "int8", "variance": "int8", "basis": "int4"}
+    assert recipe.optimizer.fallback == {"name": "adamw", "storage": {"moment": "int8"}}
+    (problem,) = problems_of(with_optimizer("name: galore, lr: 1, storage: {moment: int4}"))
+    assert "optimizer.storage.moment is int4; it must be one of param, fp32, bf16, int8" in problem
