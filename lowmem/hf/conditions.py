@@ -27,6 +27,7 @@ def conditions(
         "parameters": parameters,
         "trained_parameters": trained_parameters,
         "dtype": recipe.model.dtype,
+        "weights": recipe.model.weights,
         "optimizer": recipe.optimizer.name,
         "lora": recipe.lora is not None,
         "sequence_length": sequence_length,

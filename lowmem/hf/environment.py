@@ -9,7 +9,17 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("lowmem", "torch", "transformers", "accelerate", "peft", "safetensors", "tokenizers", "datasets")
+PACKAGES = (
+    "lowmem",
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "safetensors",
+    "tokenizers",
+    "datasets",
+    "bitsandbytes",
+)
 
 
 def package_versions() -> dict[str, str | None]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import tempfile
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,6 +17,7 @@ from lowmem.hf.causality_probe import attends_ahead
 from lowmem.hf.hub import hub_has_an_address
 from lowmem.hf.loading_errors import explain
 from lowmem.hf.model_folder import BUILTIN_PREFIX, KEY, a_few, check_builtin, check_model_folder, local_folder
+from lowmem.hf.nf4 import keep_codes_through_evaluation_, nf4_loading
 from lowmem.hf.quiet import quiet_transformers
 from lowmem.hf.tokenizer import load_tokenizer
 from lowmem.recipe.schema import ModelRecipe
@@ -29,6 +32,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 def load_model(recipe: ModelRecipe, *, seed: int) -> PreTrainedModel:
     """The causal language model `recipe.name_or_path`, on the CPU, in `recipe.dtype`, in evaluation mode.
 
+    With `weights: nf4` its linear layers are in 4-bit codes, and it is on the GPU where there is one.
+
     `seed` decides the first weights of builtin:tiny-llama and nothing else: a model from disk or from the Hub
     must bring every weight, in safetensors. The global random state is left alone.
 
@@ -36,8 +41,10 @@ def load_model(recipe: ModelRecipe, *, seed: int) -> PreTrainedModel:
     that needs code of its own; RefusedError for an attention implementation that this model or machine lacks.
     """
     _check_attention(recipe)
+    packing = loading_arguments(recipe)
     if recipe.name_or_path.startswith(BUILTIN_PREFIX):
-        return _builtin_model(recipe, seed)
+        model = _builtin_model(recipe, seed)
+        return model if not packing else _packed(model, recipe, seed)
     folder = local_folder(recipe.name_or_path)
     if folder is not None:
         check_model_folder(folder)
@@ -57,6 +64,7 @@ def load_model(recipe: ModelRecipe, *, seed: int) -> PreTrainedModel:
                 attn_implementation=recipe.attn,
                 use_safetensors=True,
                 output_loading_info=True,
+                **packing,
                 # Mismatches are then listed in the report, with both shapes.
                 ignore_mismatched_sizes=True,
             )
@@ -71,7 +79,27 @@ def load_model(recipe: ModelRecipe, *, seed: int) -> PreTrainedModel:
         raise _not_causal(
             recipe, f"{model.config.model_type}, an encoder that sees the tokens to be predicted"
         )
+    if packing:
+        keep_codes_through_evaluation_(model)
     return model
+
+
+def loading_arguments(recipe: ModelRecipe) -> dict[str, Any]:
+    """What `recipe.weights` adds to `from_pretrained`. Raises RefusedError for what a recipe cannot train."""
+    if recipe.weights == "int8":
+        raise RefusedError(
+            "model.weights: int8 cannot be trained from a recipe. Use model.weights: bf16, or nf4 with lora: {r: 16}."
+        )
+    return nf4_loading(DTYPES[recipe.dtype]) if recipe.weights == "nf4" else {}
+
+
+def _packed(model: PreTrainedModel, recipe: ModelRecipe, seed: int) -> PreTrainedModel:
+    """A model that was made here, packed as one that is read is."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        packed = load_model(replace(recipe, name_or_path=folder), seed=seed)
+    packed.config.name_or_path = model.config.name_or_path
+    return packed
 
 
 def _builtin_model(recipe: ModelRecipe, seed: int) -> PreTrainedModel:

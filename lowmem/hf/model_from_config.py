@@ -13,9 +13,10 @@ from lowmem.hf.chunked_loss import use_chunked_loss
 from lowmem.hf.hub import hub_has_an_address
 from lowmem.hf.loading_errors import explain
 from lowmem.hf.lora import add_lora
-from lowmem.hf.model import DTYPES, check_kind
+from lowmem.hf.model import DTYPES, check_kind, loading_arguments
 from lowmem.hf.model_folder import BUILTIN_PREFIX, check_builtin, local_folder, read_config
 from lowmem.hf.model_setup import recompute_activations
+from lowmem.hf.nf4 import pack_without_values_
 from lowmem.hf.quiet import quiet_transformers
 from lowmem.recipe.schema import ModelRecipe, Recipe
 from lowmem.run.activation_offload import OffloadedInputs
@@ -68,6 +69,8 @@ def model_without_weights(
         base = AutoModelForCausalLM.from_config(
             config, dtype=DTYPES[recipe.model.dtype], attn_implementation=attn, **own_code
         ).eval()
+    if loading_arguments(recipe.model):
+        pack_without_values_(base, DTYPES[recipe.model.dtype])
     model = base if recipe.lora is None else add_lora(base, recipe.lora, seed=recipe.train.seed)
     if recipe.train.activation_checkpointing:
         recompute_activations(model, offload)

@@ -62,16 +62,18 @@ class Operators:
         )
 
     def _adapted(self, name: str, x: Value, inputs: int, outputs: int, adapters: Adapters) -> Value:
-        """x W^T + lora_B(lora_A(x)) * scaling, the second term and the sum in float32."""
+        """x W^T + lora_B(lora_A(x)) * scaling, the second term in float32, as is the sum but on a 4-bit base."""
         tokens = x.numel // inputs
         expanded = inputs * outputs * x.itemsize if adapters.base_is_4bit else 0
-        beside = self.tape.scratch(expanded)
+        beside = self.tape.scratch(expanded if self.work.on_cuda else 0)
         out = self.tape.apply(
             tokens * outputs, x.itemsize, x, remembers=True, scratch=expanded, gives_views=True
         )
         del beside
         if adapters.targets is not None and name not in adapters.targets:
             return out
+        if adapters.base_is_4bit:
+            out = self.like(out)  # peft copies it
         x = self.cast(x, 4)
         if adapters.dropout:
             # CUDA keeps which values were dropped, a CPU what each was multiplied by.
@@ -79,10 +81,12 @@ class Operators:
             x = self.like(x, saves=(kept,))
             del kept
         low = self._product_in_float32(f"{name}.lora_A", x, inputs, adapters.rank)
-        high = self._product_in_float32(f"{name}.lora_B", low, adapters.rank, outputs)
+        term = self.scaled(self._product_in_float32(f"{name}.lora_B", low, adapters.rank, outputs))
         del low
-        out = self.add(out, self.scaled(high))
-        del high
+        if adapters.base_is_4bit:
+            term = self.cast(term, self.work.itemsize)
+        out = self.add(out, term)
+        del term
         return self.cast(out, self.work.itemsize)
 
     def _product_in_float32(self, name: str, x: Value, inputs: int, outputs: int) -> Value:

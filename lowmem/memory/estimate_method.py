@@ -73,7 +73,7 @@ def recipe_method(recipe: Recipe, shape: Architecture, *, on_cuda: bool) -> Meth
 
     Raises RefusedError for an execution that cannot do the clipping or the accumulation asked for.
     """
-    method, trained = _frame(recipe, shape)
+    method, trained = _frame(recipe, shape, base_is_4bit=recipe.model.weights == "nf4")
     itemsize = 4 if method.adapters is not None else method.itemsize
     treated = treatments(recipe.optimizer, trained)
     updates = _updates(treated, itemsize, on_cuda=on_cuda)
@@ -125,7 +125,8 @@ def baseline_method(name: str, recipe: Recipe, shape: Architecture) -> Method:
         recipe = replace(recipe, lora=LoraRecipe(r=16))
     if name in ("qlora_r16", "adamw_fp32_master"):
         recipe = replace(recipe, model=replace(recipe.model, dtype="bfloat16"))
-    method, trained = _frame(recipe, shape, base_is_4bit=name == "qlora_r16")
+    is_4bit = name == "qlora_r16" or (recipe.model.weights == "nf4" and name != "lora_r16")
+    method, trained = _frame(recipe, shape, base_is_4bit=is_4bit)
     itemsize = 4 if method.adapters is not None else method.itemsize
     counts = ALLOCATION_BYTES * len(trained)
     several = recipe.train.gradient_accumulation_steps > 1
@@ -164,7 +165,7 @@ def _frame(
         weights = frame.weights + _bytes(trained, 4)
         if base_is_4bit:
             weights -= sum(
-                rounded(each.numel * itemsize) - rounded(int(each.numel * NF4_BYTES))
+                rounded(each.numel * itemsize) - nf4_bytes(each.numel)
                 for each in shape.parameters
                 if each.is_linear
             )
@@ -180,6 +181,14 @@ def _frame(
         trained_parameters=trained_parameters,
     )
     return frame, trained
+
+
+def nf4_bytes(numel: int) -> int:
+    """A packed matrix: its codes, their scales, the scales of those, and for each matrix two tables and an offset."""
+    scales = -(-numel // 64)
+    return sum(
+        rounded(nbytes) for nbytes in (-(-numel // 2), scales, 4 * -(-scales // 256), 4 * 16, 4 * 256, 4)
+    )
 
 
 def _bytes(parameters: Sequence[Parameter], itemsize: int) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lowmem.memory.ledger import ALLOCATION_BYTES, Part, rounded
 from lowmem.numerics.held_weights import grad_of
+from lowmem.numerics.packed_weights import scales_of
 
 
 def owned_tensors(
@@ -22,6 +23,8 @@ def owned_tensors(
             names.setdefault(param, "a parameter outside the model")
     for param, name in names.items():
         yield "weights", param, name
+        for scale, tensor in scales_of(param):
+            yield "weights", tensor, f"{scale} of {name}"
     for name, buffer in model.named_buffers():
         yield "weights", buffer, name
     for param, name in names.items():

@@ -234,6 +234,8 @@ class _Changes:
         yield from ({"optimizer.name": name, **beside} for name in self._leaner())
         if self.recipe.lora is None:
             yield {"lora.r": 16, **beside}
+        elif self.recipe.model.weights == "bf16":
+            yield {"model.weights": "nf4"}
 
     def _without_needless(self, keys: Keys) -> Change:
         for key in reversed(list(keys)):

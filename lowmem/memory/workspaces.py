@@ -6,6 +6,7 @@
 | svd | 3 copies of the matrix in float32 | a column-major copy, the factors before they are copied out, the solver |
 | qr | 2 copies | a column-major copy and the solver |
 | eigh | 3 copies | a column-major copy and the divide-and-conquer workspace of two |
+| product with a 4-bit matrix | the matrix in the input's dtype | bitsandbytes expands it first for many tokens |
 | attention's backward | a float32 copy of the queries, 1 float32 a query and head | flash attention's accumulators |
 
 `scripts/gpu_validate.py` measures the same operators on a GPU.
@@ -13,6 +14,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ _COPIES = {
     torch.ops.aten.linalg_qr.default: 2,
     torch.ops.aten._linalg_eigh.default: 3,
 }
+_PACKED_PRODUCT = "bitsandbytes::gemm_4bit"
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
@@ -37,6 +40,8 @@ def cuda_workspace_bytes(func: Any, args: tuple[Any, ...]) -> int:
     if func in _COPIES:
         matrix: Tensor = args[0]
         return _COPIES[func] * matrix.numel() * _FLOAT32
+    if func.name() == _PACKED_PRODUCT:  # there is no such operator before bitsandbytes is imported
+        return math.prod(args[2]) * args[0].itemsize
     if func is _ATTENTION_BACKWARD:
         query: Tensor = args[1]  # (batch, heads, tokens, width)
         return _FLOAT32 * (query.numel() + query.numel() // query.shape[-1])

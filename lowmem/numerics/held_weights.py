@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lowmem.numerics.packed_weights import packed_numel, scales_of
+
 Shape = tuple[int, ...]
 
 
@@ -65,13 +67,18 @@ def shape_of(param: Tensor) -> Shape:
 def numel_of(param: Tensor) -> int:
     """How many values the weight has."""
     held = held_weight(param)
-    return param.numel() if held is None else held.shape[0] * held.shape[1]
+    if held is not None:
+        return held.shape[0] * held.shape[1]
+    packed = packed_numel(param)
+    return param.numel() if packed is None else packed
 
 
 def nbytes_of(param: Tensor) -> int:
     """What the weight takes in its own format."""
     held = held_weight(param)
-    return param.nbytes if held is None else held.nbytes
+    if held is not None:
+        return held.nbytes
+    return param.nbytes + sum(scale.nbytes for _, scale in scales_of(param))
 
 
 def load_rows(param: Tensor, rows: slice) -> Tensor:

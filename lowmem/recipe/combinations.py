@@ -30,6 +30,7 @@ def check_combinations(root: Node, problems: Problems, *, files_must_exist: bool
     if merge and merge.value is True and not given(root, "lora"):
         mend = "Add lora: {r: 16}, or delete save.merge_lora."
         problems.add(merge.place, f"save.merge_lora needs lora:, and there is none. {mend}")
+    check_weights(root, problems)
     check_activation_offload(root, problems)
     if files_must_exist:
         check_resume(root, problems)
@@ -43,6 +44,24 @@ def given(root: Node, dotted: str) -> Node | None:
             return None
         node = node.value.get(name)
     return node if node is not None and node.value is not None else None
+
+
+def check_weights(root: Node, problems: Problems) -> None:
+    weights, lora, merge = (given(root, key) for key in ("model.weights", "lora", "save.merge_lora"))
+    if weights is None:
+        return
+    if weights.value == "nf4" and not lora:
+        message = (
+            "model.weights: nf4 needs lora:, and there is none: 4-bit codes are too coarse to be updated."
+        )
+        problems.add(weights.place, f"{message} Add lora: {{r: 16}}, or use model.weights: bf16.")
+    if weights.value == "nf4" and merge and merge.value is True:
+        message = "save.merge_lora would round the adapters into the 4-bit codes of model.weights: nf4."
+        mend = "Delete save.merge_lora, and merge the saved adapters into the model in bfloat16."
+        problems.add(merge.place, f"{message} {mend}")
+    if weights.value == "int8" and lora:
+        message = "model.weights: int8 is for training every parameter, and lora: trains adapters alone."
+        problems.add(weights.place, f"{message} Use model.weights: nf4 or bf16.")
 
 
 def check_activation_offload(root: Node, problems: Problems) -> None:

@@ -11,6 +11,10 @@ _OTHER_NAMES = {
         "pretrained_model_name_or_path model_path checkpoint_dir tokenizer_name_or_path"
     ),
     "model.dtype": "torch_dtype bf16 fp16 fp32 tf32 precision pure_bf16 compute_dtype half_precision float16",
+    "model.weights": (
+        "load_in_4bit load_in_8bit quantization quantization_bit quantization_config bnb_4bit_quant_type "
+        "quantize quantizer"
+    ),
     "model.attn": (
         "attn_implementation flash_attention flash_attn attention sdp_attention use_flash_attention_2 "
         "use_flash_attn xformers_attention _attn_implementation"

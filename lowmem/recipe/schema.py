@@ -39,6 +39,11 @@ class ModelRecipe:
         doc="Hugging Face id, a local folder with config.json and safetensors, or builtin:tiny-llama"
     )
     dtype: Literal["bfloat16", "float32"] = key("bfloat16", "what the weights are stored and trained in")
+    weights: Literal["bf16", "int8", "nf4"] = key(
+        "bf16",
+        "bf16: plain numbers of model.dtype, float32 among them; nf4: frozen 4-bit codes of the linear layers, for "
+        "lora:, through bitsandbytes; int8: trainable 8-bit codes, which train refuses in a recipe",
+    )
     attn: Literal["sdpa", "eager", "flash_attention_2"] = key("sdpa", "attention implementation")
     revision: str | None = key(None, "branch, tag or commit of a Hugging Face id")
     trust_remote_code: bool = key(

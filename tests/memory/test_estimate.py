@@ -180,6 +180,16 @@ VARIANTS = {
     "few adapters, recomputed": dict(
         lora=LoraRecipe(r=8, target=["q_proj", "v_proj"]), activation_checkpointing=True, loss="plain"
     ),
+    "adapters, recomputed": dict(
+        lora=LoraRecipe(r=16), per_device_batch_size=4, activation_checkpointing=True
+    ),
+    "adapters on 4-bit codes": dict(lora=LoraRecipe(r=8), model={"weights": "nf4"}, per_device_batch_size=2),
+    "adapters on 4-bit codes, recomputed": dict(
+        lora=LoraRecipe(r=16),
+        model={"weights": "nf4"},
+        per_device_batch_size=4,
+        activation_checkpointing=True,
+    ),
     "adapters in float32": dict(lora=LoraRecipe(r=8), model={"dtype": "float32"}),
 }
 
@@ -192,6 +202,8 @@ SLOW_VARIANTS = ("whole logits in float32", "several tiles in float32", "adapter
     [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_VARIANTS else []) for name in VARIANTS],
 )
 def test_every_way_to_train_agrees_with_its_simulation(variant):
+    if "4-bit" in variant:
+        pytest.importorskip("bitsandbytes", reason="4-bit codes are bitsandbytes'")
     config = {**SMALL, "model_type": "llama"}
     work = recipe("sgd", **VARIANTS[variant])
     assert_agrees(estimate(work, Architecture.from_config(config), on_cuda=False), simulated(config, work))
@@ -465,7 +477,7 @@ def test_nf4_takes_what_bitsandbytes_stores():
 
 
 def test_four_bit_weights_save_on_linear_layers_only():
-    architecture = Architecture.from_config({**SMALL, "model_type": "llama"})
+    architecture = Architecture.from_config({**LLAMA_32_1B, "num_hidden_layers": 2})
     work = recipe()
     lora, qlora = (estimate_baseline(name, work, architecture) for name in ("lora_r16", "qlora_r16"))
     linear = sum(each.numel for each in architecture.parameters if each.is_linear)

@@ -228,6 +228,16 @@ def test_offloading_is_suggested_where_it_is_enough_together_with_what_it_needs(
         assert wanted not in written(changes_that_fit(checkpointing, LLAMA_32_1B, 79 * GIB))
 
 
+def test_adapters_are_suggested_a_base_in_four_bits(file):
+    recipe = load_recipe(file, ["lora.r=16", "train.activation_checkpointing=true", "train.loss=chunked"])
+    packed = load_recipe(
+        file, ["lora.r=16", "train.activation_checkpointing=true", "train.loss=chunked", "model.weights=nf4"]
+    )
+    card = card_between(*(estimate(each, LLAMA_32_1B).reserved_bytes for each in (recipe, packed)))
+    assert ["model.weights=nf4"] in written(changes_that_fit(recipe, LLAMA_32_1B, card))
+    assert ["model.weights=nf4"] not in written(changes_that_fit(packed, LLAMA_32_1B, 2 * GIB))
+
+
 def test_the_recipes_own_execution_is_questioned(file):
     overrides = ["optimizer.name=galore", "train.loss=chunked", "train.activation_checkpointing=true"]
     overrides += ["data.max_length=512", "train.per_device_batch_size=1"]

@@ -40,6 +40,30 @@ def test_a_format_is_required_with_path_and_hub_and_refused_with_builtin() -> No
     assert problem == "r.yaml:3: data.train.format does not go with builtin. Delete it."
 
 
+NF4 = SMALL.replace("tiny-llama}", "tiny-llama, weights: nf4}")
+
+
+def test_four_bit_weights_need_adapters_and_keep_them_apart() -> None:
+    assert problems_of(NF4) == [
+        "r.yaml:1: model.weights: nf4 needs lora:, and there is none: 4-bit codes are too coarse to be updated. "
+        "Add lora: {r: 16}, or use model.weights: bf16."
+    ]
+    assert load_recipe(write(NF4 + "lora: {r: 16}\n")).model.weights == "nf4"
+    assert problems_of(NF4 + "lora: {r: 16}\nsave: {merge_lora: true}\n") == [
+        "r.yaml:8: save.merge_lora would round the adapters into the 4-bit codes of model.weights: nf4. "
+        "Delete save.merge_lora, and merge the saved adapters into the model in bfloat16."
+    ]
+
+
+def test_int8_weights_go_without_adapters() -> None:
+    int8 = NF4.replace("nf4", "int8")
+    assert load_recipe(write(int8)).model.weights == "int8"
+    assert problems_of(int8 + "lora: {r: 16}\n") == [
+        "r.yaml:1: model.weights: int8 is for training every parameter, and lora: trains adapters alone. "
+        "Use model.weights: nf4 or bf16."
+    ]
+
+
 @pytest.mark.parametrize("line", ["", "  activation_checkpointing: false\n"])
 def test_activation_offload_needs_activation_checkpointing(line: str) -> None:
     (problem,) = problems_of(with_lines(f"train:\n  activation_offload: true\n{line}"))

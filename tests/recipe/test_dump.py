@@ -93,6 +93,11 @@ def made_consistent(document: dict[str, Any]) -> dict[str, Any]:
     document["model"]["name_or_path"] = "some/model"
     document["eval"] = {key: value for key, value in document["eval"].items() if key.startswith("max_")}
     document["save"]["merge_lora"] = False
+    impossible = "int8" if document.get("lora") is not None else "nf4"
+    if document["model"].get("weights") == impossible:
+        del document["model"]["weights"]
+    if document["train"].get("activation_offload"):
+        document["train"]["activation_checkpointing"] = True
     for each in (document["data"]["train"], document["data"].get("eval")):
         if each and "take" in each:
             del each["take"]

@@ -144,7 +144,8 @@ REFUSED = {
     "train: {lr_scheduler: {warmup_ratio: 1.5}}": "train.lr_scheduler.warmup_ratio is 1.5; "
     "it must be a number >= 0 and <= 1.",
     "train: 3": "train is 3; it must be a section with keys: epochs, max_steps, per_device_batch_size, "
-    "gradient_accumulation_steps, max_grad_norm, lr_scheduler, execution, activation_checkpointing, loss, seed.",
+    "gradient_accumulation_steps, max_grad_norm, lr_scheduler, execution, activation_checkpointing, "
+    "activation_offload, loss, seed.",
     "lora: {target: [a, 3]}": "lora.target is [a, 3]; it must be text or a list, as in [a, b]. "
     'Put it in quotes: "3".',
     "lora: {dropout: 0.95}": "lora.dropout is 0.95; it must be a number >= 0 and <= 0.9.",
