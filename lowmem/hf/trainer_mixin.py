@@ -95,7 +95,7 @@ class LowMemTrainerMixin:
                 f"train.execution: {mode} frees gradients before a GradScaler could unscale them. Train in bfloat16, "
                 "or use train.execution: plain."
             )
-        nbytes = gradient_bytes(optimizer, mode, micro_batches=micro_batches)
+        nbytes = gradient_bytes(optimizer, mode, at)
         self.execution_summary = f"execution: {mode}, gradients take {size(nbytes)}: {consequences(mode, at)}"
         log.info(self.execution_summary)
         execution = EXECUTIONS[mode](
@@ -114,10 +114,9 @@ class LowMemTrainerMixin:
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         result = super().compute_loss(*args, **kwargs)  # type: ignore[misc]
-        if self.execution is not None and self.execution.mode == "fused":
+        if self.execution is not None and torch.is_grad_enabled():
             loss = result[0] if isinstance(result, tuple) else result
-            if not is_finite(loss.detach()):
-                self.execution.drop_micro_batch()
+            self.execution.note_loss(loss.detach())
         return result
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -150,7 +149,7 @@ class LowMemTrainerMixin:
         what = (
             "is left out"
             if execution.mode != "fused"
-            else f"leaves out {len(execution.not_finite)} parameters"
+            else f"leaves out gradients of {len(execution.not_finite)} parameters"
         )
         log.warning("step %d %s: the gradient of %s is not finite", step, what, name)
         if self._skipped_in_a_row > TOLERATED_IN_A_ROW:

@@ -75,8 +75,8 @@ class Execution:
         self._is_first = self._is_last = True
         self._is_boundary_only = True
         self._drops = False
-        self.not_finite: list[Tensor] = []
-        """Parameters whose gradients in this step were not finite and were not used, as far as hooks have seen."""
+        self.not_finite: dict[Tensor, None] = {}
+        """Parameters with gradients in this step that were not finite and not used, as far as hooks have seen."""
         self._full_squares: Tensor | None = None
         self._processes = _world_size()
 
@@ -128,16 +128,16 @@ class Execution:
         self._is_first, self._is_last = is_first, is_last
         self._drops = False
         if is_first:
-            self.not_finite = []
+            self.not_finite = {}
             self._full_squares = None
             self._is_boundary_only = is_last
 
-    def drop_micro_batch(self) -> None:
-        """Free the gradients of the micro-batch under way without using them: its loss is not finite.
+    def note_loss(self, loss: Tensor) -> None:
+        """Tell the loss of the micro-batch under way, before its backward pass.
 
-        Only a way that uses gradients before the boundary needs this; the others leave out the whole step.
+        A way that uses gradients before the boundary frees those of a loss that is not finite without using them;
+        the others leave out the whole step. On several processes all must call it.
         """
-        self._drops = True
 
     def first_not_finite(self) -> str | None:
         """The name of a parameter whose gradient, held or seen, is not finite."""

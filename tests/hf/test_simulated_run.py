@@ -54,10 +54,14 @@ SHORT = ["train.per_device_batch_size=1", "data.max_length=8"]  # the peak lies 
 
 
 WAYS = [
-    (name, execution, micro_batches)
-    for name in OPTIMIZERS
-    for execution, micro_batches in (("plain", 1), ("project", 2), ("fused", 1), ("fused", 2))
-    if execution != "project" or optimizer_class(name).treats_matrices
+    *(
+        (name, execution, micro_batches)
+        for name in OPTIMIZERS
+        for execution, micro_batches in (("plain", 1), ("project", 2), ("fused", 1), ("fused", 2))
+        if execution != "project" or optimizer_class(name).treats_matrices
+    ),
+    ("sgd, momentum: 0.9", "fused", 3),
+    ("sgd_sai, storage: {moment: fp32}", "fused", 3),
 ]
 
 
