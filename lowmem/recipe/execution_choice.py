@@ -25,6 +25,8 @@ class Situation:
     """Of data parallel training."""
     accumulates: bool = False
     """Whether the rule of every parameter can add micro-batches to its momentum as they arrive."""
+    keeps_gradients: str | None = None
+    """Why all gradients are there at the step whatever is done with them, and how to do without; a clause."""
 
     @property
     def clips_globally(self) -> bool:
@@ -38,6 +40,11 @@ class Situation:
 
 def objection(mode: Mode, at: Situation) -> str | None:
     """Why `mode` cannot give what is asked for, and the nearest settings that do; None where it can."""
+    if mode != "plain" and at.keeps_gradients is not None:
+        return (
+            f"train.execution: {mode} frees each gradient as it arrives, and {at.keeps_gradients}, or use "
+            "train.execution: plain."
+        )
     if mode == "fused" and at.clips_globally:
         return (
             "train.execution: fused updates each parameter before the norm of all gradients is known, so "

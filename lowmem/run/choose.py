@@ -36,7 +36,12 @@ EXECUTIONS: dict[Mode, Callable[..., Execution]] = {
 
 
 def situation_of(
-    optimizer: LowMemOptimizer, *, micro_batches: int, clip: Clip, max_norm: float | None
+    optimizer: LowMemOptimizer,
+    *,
+    micro_batches: int,
+    clip: Clip,
+    max_norm: float | None,
+    keeps_gradients: str | None = None,
 ) -> Situation:
     trained = _trained(optimizer)
     return Situation(
@@ -46,7 +51,15 @@ def situation_of(
         clips=max_norm is not None,
         processes=dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
         accumulates=all(accumulates(optimizer, param, group) for param, group in trained),
+        keeps_gradients=keeps_gradients,
     )
+
+
+COMPILED_AS_A_WHOLE = (
+    "a model compiled as a whole makes all of them at once. Compile the layers one by one (accelerate's regional "
+    "compilation)"
+)
+SCALED = "a GradScaler can unscale only what is there at the step. Train in bfloat16"
 
 
 def gradient_bytes(optimizer: LowMemOptimizer, mode: Mode, at: Situation) -> int:
