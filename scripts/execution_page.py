@@ -78,6 +78,10 @@ whose turn it is until the last micro-batch, or to that of the first micro-batch
 micro-batch when its loss is not finite, before they touch a weight or a momentum; what the step's other micro-batches
 gave is used. Each such step is counted and said with the name of a parameter; more than 20 in a row stop the run.
 
+**One backward pass.** `project` and `fused` use a gradient when it arrives, so each micro-batch goes backward once, on the
+sum of its losses; a second pass, or a graph that is retained and gone through again, is refused. Layers may be compiled
+one by one; a model compiled as a whole and a GradScaler keep all gradients until the step, and `auto` then takes `plain`.
+
 **In your own Trainer**:
 
 ```python
