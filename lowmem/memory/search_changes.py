@@ -20,7 +20,7 @@ LENGTH_STEP = 64
 
 SMALLEST_RANK = 8
 
-LEANER_OPTIMIZERS = ("galore", "sgd_sai", "sgd")
+LEANER_OPTIMIZERS = ("galore", "sgd_sai", "adafactor", "sgd")
 """In the order in which they are suggested."""
 
 

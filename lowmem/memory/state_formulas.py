@@ -4,6 +4,9 @@
     adamw       exp_avg N, exp_avg_sq N
     sgd         momentum_buffer N; nothing without momentum
     sgd_sai     momentum_buffer N (nothing without momentum), gsnr 1 in float32
+    adafactor   exp_avg_sq_row and exp_avg_sq_col, m + n in float32, or exp_avg_sq N in float32 for what is no matrix;
+                exp_avg N with beta1
+    sinkgd      nothing; momentum_buffer N with momentum; as adamw for what is no matrix
     galore      basis m r, exp_avg r n, exp_avg_sq r n; as adamw where r >= m and for what is no matrix
 
 and `step`, 4 bytes. A value takes the bytes of its role's storage format:
@@ -57,6 +60,22 @@ def _sgd_sai(settings: Settings, shape: Shape) -> State:
     return {**_sgd(settings, shape), "gsnr": StateTensor(1, "scalar")}
 
 
+def _adafactor(settings: Settings, shape: Shape) -> State:
+    moment = {"exp_avg": StateTensor(math.prod(shape))} if settings["beta1"] else {}
+    if not is_matrix(shape):
+        return {"exp_avg_sq": StateTensor(math.prod(shape), "factor"), **moment}
+    *batch, rows, columns = shape
+    return {
+        "exp_avg_sq_row": StateTensor(math.prod(batch) * rows, "factor"),
+        "exp_avg_sq_col": StateTensor(math.prod(batch) * columns, "factor"),
+        **moment,
+    }
+
+
+def _sinkgd(settings: Settings, shape: Shape) -> State:
+    return _sgd(settings, shape) if is_matrix(shape) else _adamw(settings, shape)
+
+
 def _galore(settings: Settings, shape: Shape) -> State:
     if not is_low_rank(settings, shape):
         return _adamw(settings, shape)
@@ -70,17 +89,24 @@ FORMULAS: dict[str, Callable[[Settings, Shape], State]] = {
     "adamw": _adamw,
     "sgd": _sgd,
     "sgd_sai": _sgd_sai,
+    "adafactor": _adafactor,
+    "sinkgd": _sinkgd,
     "galore": _galore,
 }
 """A new optimizer is one function here, and a name below if it treats matrices only."""
 
-TREATS_MATRICES = frozenset({"galore"})
+TREATS_MATRICES = frozenset({"galore", "sinkgd"})
 """Optimizers that leave all but the targeted matrices to the fallback."""
 
 _FORMAT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 1}
 
 INT8_BLOCK, INT4_GROUP = 256, 128
 """Values that share a scale, as in `lowmem.numerics`; a test holds them equal."""
+
+
+def is_matrix(shape: Shape) -> bool:
+    """Whether a parameter is a matrix, or a batch of them, with more than one row and column."""
+    return len(shape) in (2, 3) and min(shape[-2:]) > 1
 
 
 def is_low_rank(settings: Settings, shape: Shape) -> bool:
@@ -109,7 +135,7 @@ def state_values(algorithm: str, settings: Settings, shape: Shape) -> State:
 
 def storage_format(tensor: StateTensor, settings: Settings) -> str:
     """Of `tensor` under the `storage` setting."""
-    if tensor.role == "scalar":
+    if tensor.role in ("factor", "scalar"):
         return "fp32"
     return (settings.get("storage") or {}).get(tensor.role, "param")
 

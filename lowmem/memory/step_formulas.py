@@ -15,8 +15,7 @@ rounding. GaLore's matrix (m, n) with m <= n of rank r, tiles of t values, a wid
     write back   basis 4 m r; moments and direction 4 r n each; a tile's weight, noise, rounded copy 10 t
     refresh      old basis 4 m r, start 4 m w, product and scaled product 4 w n each, qr's result 4 w n
 
-Codes are made of c = 2^19 values at a time. Bytes of it: 26 c in int8 (shares of the scale, magnitudes, codes, the two
-levels around each and random numbers; 21 c without them), 6 c in int4; of reading int8 moments again, 4 c.
+Rules whose direction is made a block of rows at a time have a page of their own, `row_block_formulas`.
 """
 
 from __future__ import annotations
@@ -25,26 +24,23 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lowmem.memory import update_tiles
 from lowmem.memory.architecture import Shape
 from lowmem.memory.ledger import rounded
+from lowmem.memory.row_block_formulas import ROW_BLOCKS, row_block_bytes, unfactored_bytes
 from lowmem.memory.state_formulas import (
     Settings,
     StateTensor,
     is_low_rank,
+    is_matrix,
     state_values,
-    storage_format,
     stored_itemsize,
     with_defaults,
 )
-
-TILE_NUMEL = 1 << 21
-"""As in `lowmem.numerics.tiles`; a test holds the two equal."""
-
-CODED_NUMEL = 1 << 19
-"""Likewise."""
+from lowmem.memory.update_tiles import saving_bytes
 
 OVERSAMPLE = 16
-"""Columns of a subspace iteration beyond the rank; likewise."""
+"""Columns of a subspace iteration beyond the rank, as in `lowmem.numerics.linalg`; a test holds the two equal."""
 
 SVD_COPIES, QR_COPIES = 3, 2
 """Workspaces on CUDA, in float32 copies of the matrix, as `lowmem.memory.workspaces` states them."""
@@ -57,7 +53,11 @@ def update_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: int
         project = _project_bytes(settings, shape, itemsize)
         inner = _projected_update_bytes(settings, shape, itemsize, holds_gradient=True)
         return max(project, inner, _refresh_bytes(settings, shape, itemsize, on_cuda))
-    return _element_bytes(algorithm, settings, shape, itemsize)
+    if algorithm in ROW_BLOCKS and is_matrix(shape):
+        return row_block_bytes(algorithm, settings, shape, itemsize)
+    if algorithm == "adafactor":
+        return unfactored_bytes(settings, shape, itemsize)
+    return _element_bytes("adamw" if algorithm == "sinkgd" else algorithm, settings, shape, itemsize)
 
 
 _LOW_RANK = frozenset({"galore"})
@@ -104,63 +104,11 @@ def projected(
     )
 
 
-@dataclass(frozen=True)
-class Accumulated:
-    """A parameter whose micro-batches are added to its momentum. Bytes of temporaries beside a gradient."""
-
-    add: int
-    """... of adding one that is not the last."""
-    finish: int
-    """... of adding the last and moving the weight."""
-    waits_first: bool
-    """Whether the first step wants its whole gradient."""
-
-
-_ACCUMULATE: dict[str, Callable[[Settings], bool]] = {
-    "sgd": lambda settings: bool(settings["momentum"]) and not settings["nesterov"],
-    "sgd_sai": lambda settings: bool(settings["momentum"]),
-}
-"""Whose momentum is a sum that micro-batches can be added to."""
-
-
-def accumulated(algorithm: str, settings: Settings, shape: Shape, itemsize: int) -> Accumulated | None:
-    """None for a parameter whose gradients are added up by themselves."""
-    settings = with_defaults(algorithm, settings)
-    if algorithm not in _ACCUMULATE or not _ACCUMULATE[algorithm](settings):
-        return None
-    tensors = _stored_itemsizes(algorithm, settings, shape, itemsize)
-    if any(each < 2 for each in tensors):
-        return None  # codes that share a scale are not added to
-    n = min(math.prod(shape), TILE_NUMEL)
-    next_n = min(math.prod(shape) - n, TILE_NUMEL)
-    gradient = 4 if itemsize < 4 else 0
-    copied = 4 * sum(each < 4 for each in tensors)
-    rounds = 6 if settings["rounding"] == "stochastic" else 0
-    saved = rounds if copied else 0
-    weight = 4 + rounds if itemsize < 4 else 0
-    kept = copied + 4 * _DIRECTIONS[algorithm](settings)
-    return Accumulated(
-        add=max(gradient + copied, copied + saved) * n,
-        finish=max(
-            (gradient + kept) * n, (kept + max(weight, saved)) * n, kept * n + (gradient + kept) * next_n
-        ),
-        waits_first=algorithm == "sgd_sai",
-    )
-
-
-def _stored_itemsizes(algorithm: str, settings: Settings, shape: Shape, itemsize: int) -> list[int]:
-    return [
-        stored_itemsize(each, settings, itemsize)
-        for each in state_values(algorithm, settings, shape).values()
-        if each.role != "scalar"
-    ]
-
-
 def _element_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: int) -> int:
     states = [each for each in state_values(algorithm, settings, shape).values() if each.role != "scalar"]
     tensors = [stored_itemsize(each, settings, itemsize) for each in states]
     is_stochastic = settings["rounding"] == "stochastic"
-    n = min(math.prod(shape), TILE_NUMEL)
+    n = min(math.prod(shape), update_tiles.TILE_NUMEL)
     refresh = (4 * n if itemsize < 4 else 0) + 4 * n if algorithm == "sgd_sai" else 0
     if (itemsize == 4 or not is_stochastic) and all(each == itemsize for each in tensors):
         return refresh
@@ -169,27 +117,16 @@ def _element_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: i
     made = 4 * sum(each < 4 for each in tensors) + direction
     kept = made + (gradient if algorithm == "sgd" and not settings["momentum"] else 0)
     weight = (4 + (6 if is_stochastic else 0)) * n if itemsize < 4 else 0
-    saved = max((_saving_bytes(each, settings, itemsize, n) for each in states), default=0)
-    next_n = min(math.prod(shape) - n, TILE_NUMEL)
+    saved = max((saving_bytes(each, settings, itemsize, n) for each in states), default=0)
+    next_n = min(math.prod(shape) - n, update_tiles.TILE_NUMEL)
     # Reading is fullest at its end only where no direction is made after it.
     reads = 4 if not direction and any(each == 1 for each in tensors) else 0
     return max(
         refresh,
-        (gradient + made) * n + reads * min(n, CODED_NUMEL),
+        (gradient + made) * n + reads * min(n, update_tiles.CODED_NUMEL),
         kept * n + max(weight, saved),
-        kept * n + (gradient + made) * next_n + reads * min(next_n, CODED_NUMEL),
+        kept * n + (gradient + made) * next_n + reads * min(next_n, update_tiles.CODED_NUMEL),
     )
-
-
-def _saving_bytes(tensor: StateTensor, settings: Settings, itemsize: int, numel: int) -> int:
-    """Beside the `numel` float32 values of a tensor of state, while they are rounded to its format."""
-    is_stochastic = settings["rounding"] == "stochastic" and tensor.role != "basis"
-    chosen, coded = storage_format(tensor, settings), min(numel, CODED_NUMEL)
-    if chosen == "int8":
-        return (26 if is_stochastic else 21) * coded
-    if chosen == "int4":
-        return 6 * coded
-    return 6 * numel if is_stochastic and stored_itemsize(tensor, settings, itemsize) < 4 else 0
 
 
 _DIRECTIONS: dict[str, Callable[[Settings], int]] = {
@@ -204,7 +141,7 @@ _DIRECTIONS: dict[str, Callable[[Settings], int]] = {
 def _project_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
     """From the whole gradient to its projection in float32, which is among them."""
     short, long, rank = _sizes(settings, shape)
-    tile = min(short * long, TILE_NUMEL)
+    tile = min(short * long, update_tiles.TILE_NUMEL)
     basis = 4 * short * rank
     return (
         _copies(settings, shape, itemsize, {"basis": basis})
@@ -217,14 +154,14 @@ def _project_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
 def _projected_update_bytes(settings: Settings, shape: Shape, itemsize: int, *, holds_gradient: bool) -> int:
     """From the projected gradient to the written weight; while the rule works it holds a float32 copy of that."""
     short, long, rank = _sizes(settings, shape)
-    tile = min(short * long, TILE_NUMEL)
+    tile = min(short * long, update_tiles.TILE_NUMEL)
     low = 4 * rank * long
     loaded = _copies(
         settings, shape, itemsize, {"basis": 4 * short * rank, "exp_avg": low, "exp_avg_sq": low}
     )
     rounds = 6 if settings["rounding"] == "stochastic" else 0
     saving = [
-        _saving_bytes(each, settings, itemsize, rank * long)
+        saving_bytes(each, settings, itemsize, rank * long)
         for name, each in state_values("galore", settings, shape).items()
         if name != "basis"
     ]
@@ -244,14 +181,14 @@ def _refresh_bytes(settings: Settings, shape: Shape, itemsize: int, on_cuda: boo
     short, long, rank = _sizes(settings, shape)
     whole, old = 4 * short * long, 4 * short * rank
     basis = StateTensor(short * rank, "basis")
-    saved = old + _saving_bytes(basis, settings, itemsize, short * rank)
+    saved = old + saving_bytes(basis, settings, itemsize, short * rank)
     if settings["projection"] == "svd":
         copy = whole if itemsize < 4 else 0
         factors = 4 * (short * short + short + short * long)
         return max(old + copy + factors + (SVD_COPIES * whole if on_cuda else 0), saved)
     width = min(short, rank + OVERSAMPLE)
     start, product = 4 * short * width, 4 * width * long
-    tile = 4 * min(short * long, TILE_NUMEL) if itemsize < 4 else 0
+    tile = 4 * min(short * long, update_tiles.TILE_NUMEL) if itemsize < 4 else 0
     multiplied = start + max(start + product + tile, 2 * product)
     orthonormal = start + 2 * product + (QR_COPIES * product if on_cuda else 0)
     return max(old + max(multiplied, orthonormal), saved)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.numerics.packed_weights import packed_numel, scales_of
+from lowmem.numerics.tiles import sum_and_squares
 
 Shape = tuple[int, ...]
 
@@ -103,6 +104,15 @@ def drop_grad_(param: Tensor) -> None:
     param.grad = None
     if (held := held_weight(param)) is not None:
         held.grad = None
+
+
+def root_mean_square_of(param: Tensor) -> Tensor:
+    """Of the values of the weight, as a float32 scalar on its device; a slice at a time."""
+    held = held_weight(param)
+    slices = [param] if held is None else (held.load_rows(rows) for rows in held.row_slices())
+    squares = sum(sum_and_squares(each)[1] for each in slices)
+    assert isinstance(squares, Tensor)
+    return (squares / numel_of(param)).sqrt_().float()
 
 
 def parameter_count(model: nn.Module, *, only_trained: bool = False) -> int:

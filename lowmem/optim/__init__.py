@@ -8,12 +8,24 @@ Read in this order: rule.py (the contract), rules/adam.py, low_rank.py, engine.p
 
 from __future__ import annotations
 
+from lowmem.optim.algorithms.adafactor import Adafactor
 from lowmem.optim.algorithms.adamw import AdamW
 from lowmem.optim.algorithms.galore import GaLore
 from lowmem.optim.algorithms.sgd import SGD
 from lowmem.optim.algorithms.sgd_sai import SGDSaI
+from lowmem.optim.algorithms.sinkgd import SinkGD
 from lowmem.optim.build import build_optimizer
 from lowmem.optim.engine import LowMemOptimizer
 from lowmem.optim.registry import OPTIMIZERS
 
-__all__ = ["OPTIMIZERS", "SGD", "AdamW", "GaLore", "LowMemOptimizer", "SGDSaI", "build_optimizer"]
+__all__ = [
+    "OPTIMIZERS",
+    "SGD",
+    "Adafactor",
+    "AdamW",
+    "GaLore",
+    "LowMemOptimizer",
+    "SGDSaI",
+    "SinkGD",
+    "build_optimizer",
+]

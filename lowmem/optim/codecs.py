@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,8 +26,17 @@ WHOLE = slice(None)
 class Codec:
     """Between float32, which a rule computes in, and what stays in memory between steps."""
 
+    unit: ClassVar[int] = 1
+    """Values that are saved together: a flat slice starts and ends at a multiple of it, or at the slot's end."""
+
     name: str
     shape: Shape
+
+    def around(self, part: slice) -> slice:
+        """The smallest slice that may be saved and holds `part`."""
+        return slice(
+            part.start // self.unit * self.unit, min(-(-part.stop // self.unit) * self.unit, self.numel)
+        )
 
     @property
     def numel(self) -> int:
@@ -84,9 +94,10 @@ class Float(Codec):
 class Int8Blocks(Codec):
     """`numerics.int8_blocks`: a byte a value and four bytes a block of 256, counted over the flat slot.
 
-    A flat slice must start and end where a block does, or at the slot's end: the values of a block share a
-    scale, so that a block cannot be written in halves.
+    The values of a block share a scale, so that a block cannot be written in halves.
     """
+
+    unit: ClassVar[int] = BLOCK
 
     signed: bool
     stochastic: bool

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -160,7 +159,7 @@ class LowRank(Rule):
         return {name: torch.zeros_like(value) for name, value in self._inner_state(state).items()}
 
 
-class _Without(Mapping[str, Tensor]):
+class _Without(State):
     """A state without some of its slots, still loaded only when asked for."""
 
     def __init__(self, state: State, hidden: set[str]):

@@ -14,6 +14,8 @@ OPTIMIZERS = {
     "adamw": "lowmem.optim.algorithms.adamw:AdamW",
     "sgd": "lowmem.optim.algorithms.sgd:SGD",
     "sgd_sai": "lowmem.optim.algorithms.sgd_sai:SGDSaI",
+    "adafactor": "lowmem.optim.algorithms.adafactor:Adafactor",
+    "sinkgd": "lowmem.optim.algorithms.sinkgd:SinkGD",
     "galore": "lowmem.optim.algorithms.galore:GaLore",
 }
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lowmem.numerics.held_weights import root_mean_square_of
 from lowmem.numerics.seeding import seeded_generator
 
 Shape = tuple[int, ...]
-State = Mapping[str, Tensor]
-Role = Literal["moment", "variance", "basis", "scalar"]
+Role = Literal["moment", "variance", "basis", "factor", "scalar"]
+"""`factor` and `scalar` are float32 whatever the storage: rows and columns of a factored moment, and single numbers."""
 Scope = Literal["element", "matrix"]
 
 
@@ -30,6 +31,18 @@ class Slot:
 
     shape: Shape
     role: Role = "moment"
+
+
+class State(Mapping[str, Tensor]):
+    """A parameter's state as a rule sees it: float32, loaded when asked for."""
+
+    def rows(self, name: str, index: int, rows: slice) -> Tensor:  # (rows, columns)
+        """Some rows of a slot of the parameter's shape; `index` says which matrix of a batch."""
+        raise NotImplementedError(f"{type(self).__name__} gives whole tensors only")
+
+    def save_rows_(self, name: str, index: int, rows: slice, value: Tensor) -> None:
+        """Keep `value` as these rows."""
+        raise NotImplementedError(f"{type(self).__name__} gives whole tensors only")
 
 
 class Factors(NamedTuple):
@@ -48,7 +61,7 @@ class RowBlocks:
     """A direction of the weight's shape that is made a few rows at a time and never held whole.
 
     `of(index, rows)` gives the rows of a matrix, `index` saying which one of a batch (0 where there is one).
-    Write-back asks for every block once, in order, so `of` may bring the rows of a state up to date as well.
+    Write-back asks for every block once, in order.
     """
 
     of: Callable[[int, slice], Tensor]  # -> (rows, columns) float32; may be the gradient's own memory
@@ -71,6 +84,7 @@ class Context:
         index: int = 0,
         count: int = 1,
         on_failure: Callable[[str], None] | None = None,
+        weight: Tensor | None = None,
     ):
         self.step = step
         """Updates of this parameter including this one: 1 at its first."""
@@ -81,6 +95,7 @@ class Context:
         self._known = known
         self._stored = {} if stored is None else stored
         self._on_failure = on_failure
+        self._weight = weight
 
     def generator(self, device: torch.device, purpose: str) -> torch.Generator:
         """Random numbers fixed by (seed, parameter name, step, purpose): the same after a resume."""
@@ -125,7 +140,13 @@ class Context:
             index=self.index,
             count=self.count,
             on_failure=self._on_failure,
+            weight=self._weight,
         )
+
+    def weight_rms(self) -> Tensor:
+        """Root mean square of the weight before this update, a float32 scalar on its device."""
+        assert self._weight is not None
+        return root_mean_square_of(self._weight)
 
     def failed(self, reason: str) -> None:
         """Have it counted that a decomposition did not converge and that what was there before stays."""
@@ -184,23 +205,6 @@ class Rule:
     ) -> tuple[Direction, dict[str, Tensor]]:
         """`update`, given `project(grad)` of a gradient of `shape`."""
         raise NotImplementedError(f"{type(self).__name__} needs the whole gradient")
-
-    @property
-    def accumulates_in(self) -> str | None:
-        """The slot that is linear in the step's gradient, so that micro-batches may be added to it one by one."""
-        return None
-
-    def may_accumulate(self, state: State, ctx: Context) -> bool:
-        """Whether this step needs nothing else of its whole gradient; the same for all its micro-batches."""
-        return True
-
-    def accumulate(self, grad: Tensor, state: State, ctx: Context, *, is_first: bool) -> dict[str, Tensor]:
-        """The slot `accumulates_in` with a micro-batch's gradient in it; `is_first` of the step decays it before."""
-        raise NotImplementedError(f"{type(self).__name__} needs the whole gradient of a step at once")
-
-    def direction_of(self, accumulated: Tensor, state: State) -> Direction:
-        """The direction, given the slot `accumulates_in` after the step's last micro-batch."""
-        raise NotImplementedError(f"{type(self).__name__} needs the whole gradient of a step at once")
 
     def change_basis(self, state: State, C: Tensor, ctx: Context) -> dict[str, Tensor]:
         """New state when the coordinates it lives in change by C (r, r); `ctx.step` updates were made."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.codecs import WHOLE, Codec, Float, Int4Groups, Int8Blocks
-from lowmem.optim.rule import Role, Slot
+from lowmem.optim.rule import Role, Slot, State
 
 __all__ = ["FORMATS", "WHOLE", "LoadedState", "accumulator_dtype", "codec_for"]
 
@@ -42,7 +42,7 @@ def codec_for(name: str, slot: Slot, formats: Mapping[str, str], param_dtype: to
     whole, so it is rounded to nearest.
     """
     shape = slot.shape
-    if slot.role == "scalar":
+    if slot.role in ("factor", "scalar"):
         return Float(name=name, shape=shape, dtype=torch.float32, stochastic=False)
     chosen = formats.get(slot.role, "param")
     stochastic = slot.role != "basis"
@@ -59,8 +59,8 @@ def accumulator_dtype(chosen: str, param_dtype: torch.dtype) -> torch.dtype:
     return param_dtype if chosen == "param" else {"bf16": torch.bfloat16, "fp32": torch.float32}[chosen]
 
 
-class LoadedState(Mapping[str, Tensor]):
-    """A parameter's state as the rule sees it: float32, loaded when asked for, optionally one flat slice."""
+class LoadedState(State):
+    """A parameter's state from its storage, optionally one flat slice of it. `rounding` rounds rows that are saved."""
 
     def __init__(
         self,
@@ -68,8 +68,10 @@ class LoadedState(Mapping[str, Tensor]):
         codecs: Mapping[str, Codec],
         slots: Mapping[str, Slot],
         part: slice,
+        rounding: torch.Generator | None = None,
     ):
         self._stored, self._codecs, self._slots, self._part = stored, codecs, slots, part
+        self._rounding = rounding
 
     def __getitem__(self, name: str) -> Tensor:
         return self._codecs[name].load(self._stored, _part_of(self._slots[name], self._part))
@@ -84,7 +86,26 @@ class LoadedState(Mapping[str, Tensor]):
         for name, value in values.items():
             self._codecs[name].save_(self._stored, value, _part_of(self._slots[name], self._part), generator)
 
+    def rows(self, name: str, index: int, rows: slice) -> Tensor:
+        codec, part = self._codecs[name], self._flat(name, index, rows)
+        wide = codec.around(part)
+        values = codec.load(self._stored, wide)[part.start - wide.start : part.stop - wide.start]
+        return values.view(-1, codec.shape[-1])
+
+    def save_rows_(self, name: str, index: int, rows: slice, value: Tensor) -> None:
+        codec, part = self._codecs[name], self._flat(name, index, rows)
+        wide, values = codec.around(part), value.view(-1)
+        if wide != part:  # values of other rows in the same blocks stay as they are
+            values = codec.load(self._stored, wide)
+            values[part.start - wide.start : part.stop - wide.start] = value.view(-1)
+        codec.save_(self._stored, values, wide, self._rounding)
+
+    def _flat(self, name: str, index: int, rows: slice) -> slice:
+        """Where rows of a matrix lie in the flat slot."""
+        height, width = self._codecs[name].shape[-2:]
+        return slice((index * height + rows.start) * width, (index * height + rows.stop) * width)
+
 
 def _part_of(slot: Slot, part: slice) -> slice:
     """Scalars are never sliced: every slice of an element rule sees the same number."""
-    return WHOLE if slot.role == "scalar" else part
+    return WHOLE if slot.role in ("factor", "scalar") else part

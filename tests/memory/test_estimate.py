@@ -21,7 +21,14 @@ from lowmem.hf.planned_batches import planned_batch
 from lowmem.hf.simulated_run import simulate_run
 from lowmem.hf.tiled_cross_entropy import FEWEST_COLUMNS, TILE_BYTES
 from lowmem.hf.tiled_cross_entropy import columns_per_tile as real_columns_per_tile
-from lowmem.memory import activation_loss, estimate_method, state_formulas, step_formulas, workspaces
+from lowmem.memory import (
+    activation_loss,
+    estimate_method,
+    state_formulas,
+    step_formulas,
+    update_tiles,
+    workspaces,
+)
 from lowmem.memory.architecture import FAMILIES, Architecture
 from lowmem.memory.estimate import BASELINES, CUBLAS_BYTES, PAD_TO, estimate, estimate_baseline
 from lowmem.memory.ledger import rounded
@@ -252,22 +259,13 @@ EXECUTIONS = {
         recipe("adamw", execution="fused", gradient_accumulation_steps=3, activation_checkpointing=True),
         "backward",
     ),
-    "fused, added to the momentum": (
-        recipe("sgd_sai", execution="fused", gradient_accumulation_steps=3, activation_checkpointing=True),
-        "backward",
-    ),
-    "fused, added to a wider momentum": (
-        recipe(
-            "sgd",
-            settings={"momentum": 0.9, "storage": {"moment": "fp32"}},
-            gradient_accumulation_steps=2,
-            execution="auto",
-            activation_checkpointing=True,
-        ),
-        "backward",
-    ),
     "fused, low rank": (
         recipe("galore", settings=RANK, execution="fused", activation_checkpointing=True),
+        "backward",
+    ),
+    "fused, factored": (recipe("adafactor", execution="fused"), "backward"),
+    "fused, stateless": (
+        recipe("sinkgd", fallback={"name": "adafactor"}, execution="fused", activation_checkpointing=True),
         "backward",
     ),
     "projected": (
@@ -409,6 +407,12 @@ UPDATES = [
     {"rank": 24},
     {"rank": 24, "projection": "svd"},
     {"rank": 200, "rounding": "nearest"},
+    {"beta1": 0.9},
+    {"beta1": 0.9, "relative": True, "storage": {"moment": "fp32"}},
+    {"beta1": 0.9, "storage": {"moment": "int8"}},
+    {"relative": True},
+    {"normalize": "row"},
+    {"momentum": 0.9, "iterations": 2},
 ]
 
 
@@ -417,9 +421,9 @@ UPDATES = [
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_temporaries_of_an_update_are_those_that_a_tracker_counts(name, shape, dtype, monkeypatch):
     monkeypatch.setattr(tiles, "TILE_NUMEL", 1 << 14)
-    monkeypatch.setattr(step_formulas, "TILE_NUMEL", 1 << 14)
+    monkeypatch.setattr(update_tiles, "TILE_NUMEL", 1 << 14)
     monkeypatch.setattr(tiles, "CODED_NUMEL", 1 << 12)
-    monkeypatch.setattr(step_formulas, "CODED_NUMEL", 1 << 12)
+    monkeypatch.setattr(update_tiles, "CODED_NUMEL", 1 << 12)
     known = optimizer_class(name)([nn.Parameter(torch.ones(1))]).param_groups[0]
     for settings in UPDATES:
         if not set(settings) <= set(known):
@@ -461,8 +465,8 @@ def test_constants_are_those_of_the_code_they_describe():
     assert activation_loss.FEWEST_COLUMNS == FEWEST_COLUMNS
     for tokens in (0, 1, 100, 4096, 200_000):
         assert activation_loss.columns_per_tile(tokens) == real_columns_per_tile(tokens, TILE_BYTES)
-    assert step_formulas.TILE_NUMEL == tiles.TILE_NUMEL
-    assert step_formulas.CODED_NUMEL == tiles.CODED_NUMEL
+    assert update_tiles.TILE_NUMEL == tiles.TILE_NUMEL
+    assert update_tiles.CODED_NUMEL == tiles.CODED_NUMEL
     assert (state_formulas.INT8_BLOCK, state_formulas.INT4_GROUP) == (int8_blocks.BLOCK, int4_groups.GROUP)
     assert CUBLAS_BYTES == workspaces.CUBLAS_BYTES
     assert workspaces._COPIES[torch.ops.aten._linalg_svd.default] == step_formulas.SVD_COPIES

@@ -28,6 +28,7 @@ from lowmem.recipe.schema import OptimizerRecipe
 SHAPES = [(1,), (7,), (300,), (64, 64), (33, 130), (130, 33), (129, 40), (3, 40, 24), (5, 24, 40), (0,)]
 VARIED = {
     "momentum": [0.0, 0.9],
+    "beta1": [0.0, 0.9],
     "rank": [None, 1, 32, 200],
     "storage": [
         None,

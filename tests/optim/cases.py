@@ -18,6 +18,16 @@ SETTINGS: dict[str, list[dict]] = {
         {"momentum": 0.5, "dampening": 0.3},
     ],
     "sgd_sai": [{}, {"gsnr": "paper", "lr": 0.2}, {"momentum": 0.0, "weight_decay": 0.0}],
+    "adafactor": [
+        {"weight_decay": 0.1},
+        {"beta2": 0.99, "beta1": 0.9, "clip_threshold": None},
+        {"relative": True, "beta2_power": 0.6, "clip_threshold": 0.5},
+    ],
+    "sinkgd": [
+        {"weight_decay": 0.1},
+        {"iterations": 1, "scale": 1.0, "momentum": 0.9},
+        {"normalize": "row", "momentum": 0.5},
+    ],
     "galore": [
         {"rank": 4, "refresh_every": 7, "projection": "svd", "weight_decay": 0.1, "stagger": False},
         {"rank": 4, "refresh_every": 7, "projection": "subspace", "scale": 0.25},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 
 from lowmem.numerics import tiles
 from lowmem.optim.rule import RowBlocks
@@ -30,6 +30,7 @@ def blocks_of(direction: torch.Tensor, asked: list | None = None) -> RowBlocks:
     return RowBlocks(of)
 
 
+@settings(deadline=None)
 @given(
     shape=st.lists(st.integers(1, 9), min_size=2, max_size=3),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
@@ -41,11 +42,11 @@ def test_blocks_write_what_the_whole_direction_writes(shape, dtype, tile, transp
     start = torch.randn(*shape, generator=seeded(0)).to(dtype)
     direction = torch.randn(*shape, generator=seeded(1), dtype=torch.float32)
     whole, piecewise = start.clone(), start.mT.contiguous().mT if transposed else start.clone()
-    settings = {"lr": 0.3, "weight_decay": weight_decay, "generator": None}
-    write_(whole, direction, **settings)
+    how = {"lr": 0.3, "weight_decay": weight_decay, "generator": None}
+    write_(whole, direction, **how)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "TILE_NUMEL", tile)
-        write_(piecewise, blocks_of(direction), **settings)
+        write_(piecewise, blocks_of(direction), **how)
     assert torch.equal(whole, piecewise)
 
 
