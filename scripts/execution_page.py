@@ -9,7 +9,7 @@ import itertools
 import torch
 
 from lowmem.optim.registry import OPTIMIZERS, optimizer_class
-from lowmem.recipe.execution_choice import Situation, chosen_mode, objection
+from lowmem.run.choose import chosen_mode, objection, situation_of
 
 WAYS = ("plain", "project", "fused")
 CLIPS = (
@@ -18,6 +18,15 @@ CLIPS = (
     ("full", "full", True),
     ("tensor", "tensor", True),
 )
+SETTINGS = [
+    *((name, name, {}) for name in OPTIMIZERS),
+    ("sgd, momentum 0.9", "sgd", {"momentum": 0.9}),
+    ("sgd, nesterov", "sgd", {"momentum": 0.9, "nesterov": True}),
+]
+"""What a row is called, its optimizer, and settings other than the defaults."""
+
+MATRIX = (512, 512)
+"""Larger than any default rank."""
 
 TEXT = """\
 # How a step is made
@@ -33,18 +42,27 @@ optimizer: {clip: applied, refresh_from: boundary}         # what max_grad_norm 
 |---|---|---|
 | `plain` | every one, until the step | the usual loop |
 | `project` | those of matrices projected (rank x long side), the others whole | the gradient of a matrix with a low-rank rule is projected as it arrives, added to the sum over micro-batches and freed |
-| `fused` | one at a time | each parameter is updated as its gradient arrives, and the gradient is freed |
+| `fused` | one at a time | each parameter is updated as its gradient arrives, or with several micro-batches its momentum, and the gradient is freed |
 
-The update is made by the same code in all three. `fused` gives the bits of `plain` where nothing is clipped; `project`
-gives its weights up to the order in which numbers are added. All of them work with gradient accumulation, non-reentrant
-activation checkpointing, schedules, resume (bit for bit) and plain data parallel training.
+The update is made by the same code in all three. `fused` gives the bits of `plain` where nothing is clipped and nothing
+is added up in a momentum; otherwise `fused`, and always `project`, give its weights up to the order in which numbers are
+added. All of them work with gradient accumulation, activation checkpointing, schedules, resume (bit for bit) and plain
+data parallel training.
 
-`auto` takes `fused` for one micro-batch a step without global clipping, else `project` where the optimizer projects, else
-`plain`. A run prints what was chosen, the bytes of its gradients and what it means; `lowmem plan` simulates it.
+`auto` takes `fused` where that holds one gradient at a time and there is no global clipping, else `project` where the
+optimizer projects, else `plain`. A run prints what was chosen, the bytes of its gradients and what it means; `lowmem
+plan` simulates it.
 
-**Accumulation.** `project` adds up projected gradients, in the dtype of `optimizer.accumulator`. `fused` with several
-micro-batches adds up gradients as usual and uses and frees each in the last one: exact, but no leaner than `plain`
-before that.
+**Accumulation.** `project` adds up projected gradients, in the dtype of `optimizer.accumulator`. `fused` adds each
+micro-batch's gradient to the momentum and frees it, where the momentum is a sum of gradients: SGD with momentum, and
+SGD-SaI but for its first step, which takes its ratios from a whole gradient and has no momentum yet. A momentum in
+bfloat16 is rounded stochastically each time. Other optimizers, SGD without momentum or with Nesterov's form, momentum
+in low-bit codes and `clip: tensor` need the whole step's gradient: there `fused` adds gradients up as usual and uses
+and frees each in the last micro-batch, which is exact, but no leaner than `plain` before that.
+
+**Data parallel training.** `plain` and `project` average gradients once a step, `project` the projected ones. `fused`
+averages each gradient that it adds to a momentum, so that all processes see the same: with M micro-batches a step that
+is M times the traffic of `plain`.
 
 **Clipping.** With `clip: applied` (the default) `train.max_grad_norm` limits the norm of what the rules use: projected
 gradients where there are any, whole ones otherwise; the same in `plain` and `project`. `full` limits the norm of the
@@ -56,8 +74,13 @@ Logged as `grad_norm` is the norm before clipping; one that cannot be known is l
 to the whole gradient of the step (`refresh_from: boundary`), for which `project` keeps the gradients of the few matrices
 whose turn it is until the last micro-batch, or to that of the first micro-batch (`first_micro_batch`).
 
-**Not finite.** `plain` and `project` leave out the whole step, `fused` the parameters concerned, or all when the loss
-itself is not finite. Each is counted and said with the name of a parameter; more than 20 in a row stop the run.
+**Not finite.** `plain` and `project` leave out the whole step. `fused` leaves out the gradients concerned, or all of the
+micro-batch when its loss is not finite, before they touch a weight or a momentum; what the step's other micro-batches
+gave is used. Each such step is counted and said with the name of a parameter; more than 20 in a row stop the run.
+
+**One backward pass.** `project` and `fused` use a gradient when it arrives, so each micro-batch goes backward once, on the
+sum of its losses; a second pass, or a graph that is retained and gone through again, is refused. Layers may be compiled
+one by one; a model compiled as a whole and a GradScaler keep all gradients until the step, and `auto` then takes `plain`.
 
 **In your own Trainer**:
 
@@ -74,13 +97,6 @@ Without the mixin, `optimizer_cls_and_kwargs` alone gives `plain` steps with the
 """
 
 
-def projects(name: str) -> bool:
-    """Whether the optimizer's rule for a large matrix sees its gradient through a projection only."""
-    owner = optimizer_class(name)
-    (group,) = owner([torch.nn.Parameter(torch.empty(1024, 1024, device="meta"))]).param_groups
-    return owner.rule(group, (1024, 1024)).is_projected
-
-
 def execution_page() -> str:
     """The page, with every combination of optimizer, execution, accumulation and clipping counted."""
     lines = [
@@ -89,8 +105,14 @@ def execution_page() -> str:
     ]
     reasons: list[str] = []
     works = refused = 0
-    for name, micro_batches, (shown, clip, clips) in itertools.product(OPTIMIZERS, (1, 4), CLIPS):
-        at = Situation(projects(name), micro_batches, clip, clips)  # type: ignore[arg-type]
+    for (row, name, settings), micro_batches, (shown, clip, clips) in itertools.product(
+        sorted(SETTINGS, key=lambda each: list(OPTIMIZERS).index(each[1])), (1, 4), CLIPS
+    ):
+        optimizer = optimizer_class(name)(
+            [torch.nn.Parameter(torch.empty(MATRIX, device="meta"))], **settings
+        )  # type: ignore[call-arg]
+        max_norm = 1.0 if clips else None
+        at = situation_of(optimizer, micro_batches=micro_batches, clip=clip, max_norm=max_norm)  # type: ignore[arg-type]
         cells = []
         for way in WAYS:
             reason = objection(way, at)  # type: ignore[arg-type]
@@ -99,7 +121,7 @@ def execution_page() -> str:
                 reasons.append(reason)
             cells.append("yes" if reason is None else f"no ({reasons.index(reason) + 1})")
         lines.append(
-            f"| {name} | {micro_batches} | {shown} | {' | '.join(cells)} | {chosen_mode('auto', at)} |"
+            f"| {row} | {micro_batches} | {shown} | {' | '.join(cells)} | {chosen_mode('auto', at)} |"
         )
     count = f"{works} combinations work, {refused} are refused:"
     notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, start=1)]

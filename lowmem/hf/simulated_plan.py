@@ -24,8 +24,10 @@ def simulated_plan(recipe: Recipe, *, full_rows: bool = False) -> SimulatedRun:
     """Simulate the recipe's first step, a later one, one with a refresh, and its evaluations, for CUDA."""
     batch = planned_batch(recipe, full_rows=full_rows)
     micro_batches = recipe.train.gradient_accumulation_steps
-    wanted = WITH_A_MIDDLE_ONE if recipe.train.execution == "fused" else SIMULATED_MICRO_BATCHES
-    simulated = min(micro_batches, wanted)
+    may_be_fused = recipe.train.execution == "fused" or (
+        recipe.train.execution == "auto" and recipe.train.max_grad_norm is None
+    )
+    simulated = min(micro_batches, WITH_A_MIDDLE_ONE if may_be_fused else SIMULATED_MICRO_BATCHES)
     rows = recipe.eval.batch_size or recipe.train.per_device_batch_size
     has_evaluation = recipe.data.eval is not None
     answers = replace(recipe, data=replace(recipe.data, packing=False))

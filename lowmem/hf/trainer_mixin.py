@@ -6,6 +6,8 @@ import logging
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -14,7 +16,9 @@ from lowmem.hf.trainer_override import from_a_trainer_with_the_mixin
 from lowmem.memory.wording import size
 from lowmem.optim.engine import LowMemOptimizer
 from lowmem.run.choose import (
+    COMPILED_AS_A_WHOLE,
     EXECUTIONS,
+    SCALED,
     Requested,
     chosen_mode,
     consequences,
@@ -26,9 +30,9 @@ from lowmem.run.execution import (
     Execution,
     Norms,
     RefreshFrom,
-    refuse_what_frees_gradients_cannot_do,
 )
 from lowmem.run.norms import is_finite
+from lowmem.run.second_backward import explained
 
 log = logging.getLogger("lowmem")
 
@@ -87,15 +91,15 @@ class LowMemTrainerMixin:
         args: Any = self.args  # type: ignore[attr-defined]
         micro_batches = args.gradient_accumulation_steps
         max_norm = args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else None
-        at = situation_of(optimizer, micro_batches=micro_batches, clip=self.clip, max_norm=max_norm)
+        at = situation_of(
+            optimizer,
+            micro_batches=micro_batches,
+            clip=self.clip,
+            max_norm=max_norm,
+            keeps_gradients=what_keeps_gradients(self.accelerator, model),  # type: ignore[attr-defined]
+        )
         mode = chosen_mode(self.requested_execution, at)
-        refuse_what_frees_gradients_cannot_do(model, mode)
-        if mode != "plain" and getattr(self.accelerator, "scaler", None) is not None:  # type: ignore[attr-defined]
-            raise RefusedError(
-                f"train.execution: {mode} frees gradients before a GradScaler could unscale them. Train in bfloat16, "
-                "or use train.execution: plain."
-            )
-        nbytes = gradient_bytes(optimizer, mode, micro_batches=micro_batches)
+        nbytes = gradient_bytes(optimizer, mode, at)
         self.execution_summary = f"execution: {mode}, gradients take {size(nbytes)}: {consequences(mode, at)}"
         log.info(self.execution_summary)
         execution = EXECUTIONS[mode](
@@ -108,16 +112,21 @@ class LowMemTrainerMixin:
         is_last: bool = self.accelerator.sync_gradients  # type: ignore[attr-defined]
         if self.execution is not None:
             self.execution.begin_micro_batch(is_first=self._is_first_micro_batch, is_last=is_last)
-        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        try:
+            loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        except RuntimeError as error:
+            refusal = None if self.execution is None else explained(error, self.execution.mode)
+            if refusal is None:
+                raise
+            raise refusal from error
         self._is_first_micro_batch = is_last
         return loss
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         result = super().compute_loss(*args, **kwargs)  # type: ignore[misc]
-        if self.execution is not None and self.execution.mode == "fused":
+        if self.execution is not None and torch.is_grad_enabled():
             loss = result[0] if isinstance(result, tuple) else result
-            if not is_finite(loss.detach()):
-                self.execution.drop_micro_batch()
+            self.execution.note_loss(loss.detach())
         return result
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -150,7 +159,7 @@ class LowMemTrainerMixin:
         what = (
             "is left out"
             if execution.mode != "fused"
-            else f"leaves out {len(execution.not_finite)} parameters"
+            else f"leaves out gradients of {len(execution.not_finite)} parameters"
         )
         log.warning("step %d %s: the gradient of %s is not finite", step, what, name)
         if self._skipped_in_a_row > TOLERATED_IN_A_ROW:
@@ -158,3 +167,12 @@ class LowMemTrainerMixin:
                 f"Gradients of {self._skipped_in_a_row} steps in a row were not finite, at step {step} first that of "
                 f"{name}. Lower optimizer.lr, or look for broken rows in the data. {self._says_where_to_go_on()}"
             )
+
+
+def what_keeps_gradients(accelerator: Accelerator, model: nn.Module) -> str | None:
+    """Why a Trainer's gradients are all there at the step, whatever the hooks do."""
+    if accelerator.scaler is not None:
+        return SCALED
+    compiles = accelerator.state.dynamo_plugin
+    will_be_compiled = compiles.backend != DynamoBackend.NO and not compiles.use_regional_compilation
+    return COMPILED_AS_A_WHOLE if will_be_compiled or hasattr(model, "_orig_mod") else None

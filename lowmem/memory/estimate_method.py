@@ -29,7 +29,7 @@ from lowmem.memory.state_formulas import (
     state_bytes,
     treatments,
 )
-from lowmem.memory.step_formulas import projected, update_bytes
+from lowmem.memory.step_formulas import accumulated, projected, update_bytes
 from lowmem.recipe.execution_choice import Mode, Situation, chosen_mode
 from lowmem.recipe.schema import LoraRecipe, Recipe
 
@@ -76,8 +76,8 @@ def recipe_method(recipe: Recipe, shape: Architecture, *, on_cuda: bool) -> Meth
     method, trained = _frame(recipe, shape, base_is_4bit=recipe.model.weights == "nf4")
     itemsize = 4 if method.adapters is not None else method.itemsize
     treated = treatments(recipe.optimizer, trained)
-    updates = _updates(treated, itemsize, on_cuda=on_cuda)
-    way = _way(recipe, is_projected=any(each.projected for each in updates))
+    updates = _updates(treated, itemsize, clips=recipe.train.max_grad_norm is not None, on_cuda=on_cuda)
+    way = _way(recipe, updates)
     return replace(
         method,
         state=sum(each.state for each in updates),
@@ -87,18 +87,24 @@ def recipe_method(recipe: Recipe, shape: Architecture, *, on_cuda: bool) -> Meth
     )
 
 
-def _way(recipe: Recipe, *, is_projected: bool) -> Way:
+def _way(recipe: Recipe, updates: Sequence[Update]) -> Way:
     clip, clips = recipe.optimizer.clip, recipe.train.max_grad_norm is not None
-    micro_batches = recipe.train.gradient_accumulation_steps
+    at = Situation(
+        is_projected=any(each.projected for each in updates),
+        micro_batches=recipe.train.gradient_accumulation_steps,
+        clip=clip,
+        clips=clips,
+        accumulates=all(each.accumulated for each in updates),
+    )
     return Way(
-        mode=chosen_mode(recipe.train.execution, Situation(is_projected, micro_batches, clip, clips)),
-        micro_batches=micro_batches,
+        mode=chosen_mode(recipe.train.execution, at),
+        micro_batches=at.micro_batches,
         refreshes_first=recipe.optimizer.refresh_from == "first_micro_batch",
         projects_at_boundary=clips and clip != "full",
     )
 
 
-def _updates(treated: Sequence[Treatment], itemsize: int, *, on_cuda: bool) -> list[Update]:
+def _updates(treated: Sequence[Treatment], itemsize: int, *, clips: bool, on_cuda: bool) -> list[Update]:
     alike: dict[object, Update] = {}
     updates = []
     for each in treated:
@@ -112,6 +118,7 @@ def _updates(treated: Sequence[Treatment], itemsize: int, *, on_cuda: bool) -> l
                 state=state_bytes(*arguments, round_to=ALLOCATION_BYTES),
                 temporary=update_bytes(*arguments, on_cuda=on_cuda),
                 projected=projected(*arguments, on_cuda=on_cuda),
+                accumulated=None if clips else accumulated(*arguments),
             )
         updates.append(alike[key])
     return updates

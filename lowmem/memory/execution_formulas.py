@@ -3,7 +3,8 @@
     plain     every gradient stays; with clipping by what the rules use, matrices are projected at the boundary
     project   a matrix keeps its projected gradient, the others their whole ones; a matrix whose basis is to be
               fitted to the gradient of the whole step keeps that until the last micro-batch
-    fused     each gradient is used and freed as it arrives; of several micro-batches, in the last one
+    fused     each gradient is used and freed as it arrives; of several micro-batches, in the last one, or added to
+              the momentum in each
 
 Any matrix may be refreshed in any step, so each pass assumes that the one under way is. Imports no torch.
 """
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from lowmem.memory.arrivals import ADD, STAY, Arrival, Arrivals
-from lowmem.memory.step_formulas import Projected
+from lowmem.memory.step_formulas import Accumulated, Projected
 from lowmem.recipe.execution_choice import Mode
 
 
@@ -50,6 +51,10 @@ class Update:
     """Of an update from the whole gradient, a refresh included."""
     projected: Projected | None = None
     """None where its rule wants the whole gradient."""
+    accumulated: Accumulated | None = None
+    """None where micro-batches are not added to its state."""
+    made: int = 0
+    """Of its state, what is made in its update."""
 
     @property
     def accumulator(self) -> int:
@@ -76,15 +81,29 @@ def passes_of(way: Way, updates: Sequence[Update], *, most_due: int) -> tuple[Pa
         return _project_passes(way, updates, state, most_due)
     if way.micro_batches == 1:
         return (Pass(STAY if way.mode == "plain" else _named(updates, _used), 0, state),)
-    passes = [Pass(STAY, 0, state)]
-    if way.mode == "plain" or way.micro_batches > 2:
-        passes.append(Pass(ADD, whole, state))
-    if way.mode == "fused":
-        last = _named(updates, lambda each: replace(_used(each), adds=True))
-        passes.append(Pass(last, whole, state))
+    if way.mode == "plain":
+        passes = [Pass(STAY, 0, state), Pass(ADD, whole, state)]
+    else:
+        passes = _fused_passes(way, updates, state)
     if any(each.projected for each in updates):
         passes.append(_first_with_refresh(way, updates, state, _refreshed))
     return tuple(passes)
+
+
+def _fused_passes(way: Way, updates: Sequence[Update], state: int) -> list[Pass]:
+    held = sum(each.gradient for each in updates if each.accumulated is None)
+    passes = [Pass(_named(updates, _first_of_several), 0, state)]
+    if way.micro_batches > 2:
+        passes.append(Pass(_named(updates, _middle_of_several), held, state))
+    passes.append(Pass(_named(updates, _last_of_several), held, state))
+    if any(each.accumulated and each.accumulated.waits_first for each in updates):
+        passes += _fused_passes(way, [_in_its_first_step(each) for each in updates], 0)
+    return passes
+
+
+def _in_its_first_step(each: Update) -> Update:
+    """Gradients wait for their sum, and in the last micro-batch the state takes their place."""
+    return replace(each, accumulated=None, made=each.state)
 
 
 def _project_passes(way: Way, updates: Sequence[Update], state: int, most_due: int) -> tuple[Pass, ...]:
@@ -122,6 +141,22 @@ def _used(each: Update) -> Arrival:
         return Arrival(beside=each.temporary)
     projecting = max(each.projected.refresh, each.projected.project)
     return Arrival(beside=projecting, after=each.projected.wide + each.projected.update_wide)
+
+
+def _first_of_several(each: Update) -> Arrival:
+    return Arrival(stays=True) if each.accumulated is None else Arrival(beside=each.accumulated.add)
+
+
+def _middle_of_several(each: Update) -> Arrival:
+    return (
+        Arrival(adds=True, stays=True) if each.accumulated is None else Arrival(beside=each.accumulated.add)
+    )
+
+
+def _last_of_several(each: Update) -> Arrival:
+    if each.accumulated is None:
+        return replace(_used(each), adds=True, state=each.made)
+    return Arrival(beside=each.accumulated.finish)
 
 
 def _refreshed(each: Update) -> Arrival:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lowmem.memory.ledger import Ledger, Life
 from lowmem.numerics.held_weights import drop_grad_, grad_of
 from lowmem.optim.engine import LowMemOptimizer
-from lowmem.optim.without_values import count_step_, know_as_, make_state_, step_key
+from lowmem.optim.without_values import count_micro_batch_, count_step_, know_as_, make_state_, step_key
 
 STATE, PROJECTED, GRADIENT = "state", "projected", "gradient"  # what is not transient
 
@@ -34,7 +34,7 @@ class _Update:
 
 
 class RepeatedSteps:
-    """Takes the place of the optimizer's `step_param` and `project_grad_`.
+    """Takes the place of the optimizer's `step_param`, `project_grad_` and `accumulate_grad_`.
 
     `ledger()` is that of the step under way, None outside one; `at` is told the name of each parameter.
     """
@@ -47,11 +47,14 @@ class RepeatedSteps:
         self._at = at
         self._seen: dict[Hashable, _Update | None] = {}
         self._step_param, self._project_grad_ = optimizer.step_param, optimizer.project_grad_
+        self._accumulate_grad_ = optimizer.accumulate_grad_
         optimizer.step_param = self._step  # type: ignore[method-assign]
         optimizer.project_grad_ = self._project  # type: ignore[method-assign]
+        optimizer.accumulate_grad_ = self._accumulate  # type: ignore[method-assign]
 
     def _step(self, param: Tensor, group: dict[str, Any]) -> None:
-        if grad_of(param) is not None or param in self._optimizer.projected:
+        optimizer = self._optimizer
+        if grad_of(param) is not None or param in optimizer.projected or param in optimizer.accumulated:
             self._at(self._optimizer.place_of(param)[0])
             if self._once("step", param, group, lambda: self._step_param(param, group)):
                 count_step_(self._optimizer, param, group)
@@ -61,6 +64,12 @@ class RepeatedSteps:
             self._once(
                 f"project to {dtype}", param, group, lambda: self._project_grad_(param, group, dtype=dtype)
             )
+
+    def _accumulate(self, param: Tensor, group: dict[str, Any]) -> None:
+        if grad_of(param) is not None and self._once(
+            "accumulate", param, group, lambda: self._accumulate_grad_(param, group)
+        ):
+            count_micro_batch_(self._optimizer, param)
 
     def _once(self, what: str, param: Tensor, group: dict[str, Any], call: Callable[[], None]) -> bool:
         """Do `call`, or, where its like was done before, only what it does to the bytes; True for the latter."""

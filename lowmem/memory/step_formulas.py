@@ -104,6 +104,58 @@ def projected(
     )
 
 
+@dataclass(frozen=True)
+class Accumulated:
+    """A parameter whose micro-batches are added to its momentum. Bytes of temporaries beside a gradient."""
+
+    add: int
+    """... of adding one that is not the last."""
+    finish: int
+    """... of adding the last and moving the weight."""
+    waits_first: bool
+    """Whether the first step wants its whole gradient."""
+
+
+_ACCUMULATE: dict[str, Callable[[Settings], bool]] = {
+    "sgd": lambda settings: bool(settings["momentum"]) and not settings["nesterov"],
+    "sgd_sai": lambda settings: bool(settings["momentum"]),
+}
+"""Whose momentum is a sum that micro-batches can be added to."""
+
+
+def accumulated(algorithm: str, settings: Settings, shape: Shape, itemsize: int) -> Accumulated | None:
+    """None for a parameter whose gradients are added up by themselves."""
+    settings = with_defaults(algorithm, settings)
+    if algorithm not in _ACCUMULATE or not _ACCUMULATE[algorithm](settings):
+        return None
+    tensors = _stored_itemsizes(algorithm, settings, shape, itemsize)
+    if any(each < 2 for each in tensors):
+        return None  # codes that share a scale are not added to
+    n = min(math.prod(shape), update_tiles.TILE_NUMEL)
+    next_n = min(math.prod(shape) - n, update_tiles.TILE_NUMEL)
+    gradient = 4 if itemsize < 4 else 0
+    copied = 4 * sum(each < 4 for each in tensors)
+    rounds = 6 if settings["rounding"] == "stochastic" else 0
+    saved = rounds if copied else 0
+    weight = 4 + rounds if itemsize < 4 else 0
+    kept = copied + 4 * _DIRECTIONS[algorithm](settings)
+    return Accumulated(
+        add=max(gradient + copied, copied + saved) * n,
+        finish=max(
+            (gradient + kept) * n, (kept + max(weight, saved)) * n, kept * n + (gradient + kept) * next_n
+        ),
+        waits_first=algorithm == "sgd_sai",
+    )
+
+
+def _stored_itemsizes(algorithm: str, settings: Settings, shape: Shape, itemsize: int) -> list[int]:
+    return [
+        stored_itemsize(each, settings, itemsize)
+        for each in state_values(algorithm, settings, shape).values()
+        if each.role != "scalar"
+    ]
+
+
 def _element_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: int) -> int:
     states = [each for each in state_values(algorithm, settings, shape).values() if each.role != "scalar"]
     tensors = [stored_itemsize(each, settings, itemsize) for each in states]

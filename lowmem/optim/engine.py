@@ -2,8 +2,8 @@
 
 A step of one parameter reads: load -> refresh? -> update -> save -> write back. `step()` loops over
 `step_param`, and a backward hook may call the same function, so both make the same bits. A hook may also
-call `project_grad_`, which makes the first half of that (refresh?, project) and frees the gradient; then
-`step_param` goes on from what was projected.
+call `project_grad_`, which makes the first half of that (refresh?, project) and frees the gradient, or
+`accumulate_grad_`, which adds it to the state; then `step_param` goes on from there.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from lowmem.numerics.held_weights import drop_grad_, grad_of, held_weight, numel
 from lowmem.numerics.seeding import seeded_generator
 from lowmem.optim import registry
 from lowmem.optim.codecs import Codec
+from lowmem.optim.micro_batches import accumulation_of
 from lowmem.optim.param_groups import check_params, drop_settings_of_others_, filled_group
 from lowmem.optim.rule import Context, Rule, Shape
 from lowmem.optim.storage import WHOLE, LoadedState, accumulator_dtype, codec_for
@@ -114,9 +115,10 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step_param(self, param: Tensor, group: dict[str, Any]) -> None:
-        """Update one parameter from what was projected of its gradient, or from `.grad`; else do nothing."""
+        """Update one parameter from what was made of its gradients, and from `.grad`; without any do nothing."""
         projected, grad = self.projected.pop(param, None), grad_of(param)
-        if numel_of(param) == 0 or (grad is None and projected is None):
+        has_sum = bool(self.accumulated.pop(param, 0))
+        if numel_of(param) == 0 or (grad is None and projected is None and not has_sum):
             return
         rule = self.rule_of(param, group)
         stored = self._stored(param, group, rule)
@@ -129,6 +131,10 @@ class LowMemOptimizer(torch.optim.Optimizer):
             direction, changed = rule.update_projected(projected.float(), shape, whole, ctx)
             whole.save_(changed, rounding)
             write_(param, direction, lr=lr, weight_decay=weight_decay, generator=rounding)
+            return
+        if has_sum:
+            accumulation = accumulation_of(self, param, group, ctx)
+            accumulation.finish_(grad, lr=lr, weight_decay=weight_decay, rounding=rounding)
             return
         assert grad is not None
         if grad.is_sparse:
@@ -177,6 +183,18 @@ class LowMemOptimizer(torch.optim.Optimizer):
             )
 
     @torch.no_grad()
+    def accumulate_grad_(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Add `.grad` of a micro-batch to the state and free it, where `micro_batches.may_accumulate` says so."""
+        grad, number = grad_of(param), self.accumulated.get(param, 0)
+        if grad is None or numel_of(param) == 0:
+            return
+        ctx = self.coming_context(param, group)
+        rounding = self._rounding(param, group, ctx, f"micro-batch {number}")
+        accumulation_of(self, param, group, ctx).add_(grad, is_first=number == 0, rounding=rounding)
+        drop_grad_(param)
+        self.accumulated[param] = number + 1
+
+    @torch.no_grad()
     def refresh_basis_(self, param: Tensor, group: dict[str, Any]) -> None:
         """Refresh what is due for the coming update from `.grad` as it is now, and not again at that update."""
         ctx = self.coming_context(param, group)
@@ -204,6 +222,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         self.projected.clear()
+        self.accumulated.clear()
         self._drop_held_gradients()
 
     # ---------------------------------------------------------------- state
@@ -250,6 +269,8 @@ class LowMemOptimizer(torch.optim.Optimizer):
         self._skips = False
         self.projected: dict[Tensor, Tensor] = {}
         """Gradients of the step under way in the rule's subspace; their parameters hold no `.grad`."""
+        self.accumulated: dict[Tensor, int] = {}
+        """How many micro-batches of the step under way were added to the state of a parameter."""
 
     def rule_of(self, param: Tensor, group: dict[str, Any]) -> Rule:
         return registry.optimizer_class(group["algorithm"]).rule(group, shape_of(param))

@@ -206,6 +206,23 @@ class Rule:
         """`update`, given `project(grad)` of a gradient of `shape`."""
         raise NotImplementedError(f"{type(self).__name__} needs the whole gradient")
 
+    @property
+    def accumulates_in(self) -> str | None:
+        """The slot that is linear in the step's gradient, so that micro-batches may be added to it one by one."""
+        return None
+
+    def may_accumulate(self, state: Mapping[str, Tensor], ctx: Context) -> bool:
+        """Whether this step needs nothing else of its whole gradient; the same for all its micro-batches."""
+        return True
+
+    def accumulate(self, grad: Tensor, state: State, ctx: Context, *, is_first: bool) -> dict[str, Tensor]:
+        """The slot `accumulates_in` with a micro-batch's gradient in it; `is_first` of the step decays it before."""
+        raise NotImplementedError(f"{type(self).__name__} needs the whole gradient of a step at once")
+
+    def direction_of(self, accumulated: Tensor, state: State) -> Direction:
+        """The direction, given the slot `accumulates_in` after the step's last micro-batch."""
+        raise NotImplementedError(f"{type(self).__name__} needs the whole gradient of a step at once")
+
     def change_basis(self, state: State, C: Tensor, ctx: Context) -> dict[str, Tensor]:
         """New state when the coordinates it lives in change by C (r, r); `ctx.step` updates were made."""
         raise NotImplementedError(

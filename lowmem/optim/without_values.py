@@ -25,7 +25,8 @@ def step_key(optimizer: LowMemOptimizer, param: Tensor, group: dict[str, Any]) -
     layouts = [None if each is None else (each.shape, each.stride(), each.dtype) for each in tensors]
     settings = {name: value for name, value in group.items() if name not in ("params", "param_names")}
     is_refresh = _rule(param, group).needs_refresh(ctx) and optimizer._refreshed.get(param) != ctx.step
-    return (repr(settings), shape_of(param), *layouts, bool(optimizer.state[param]), is_refresh)
+    has_sum = param in optimizer.accumulated
+    return (repr(settings), shape_of(param), *layouts, bool(optimizer.state[param]), is_refresh, has_sum)
 
 
 def make_state_(optimizer: LowMemOptimizer, param: Tensor, group: dict[str, Any]) -> None:
@@ -36,6 +37,12 @@ def make_state_(optimizer: LowMemOptimizer, param: Tensor, group: dict[str, Any]
 def count_step_(optimizer: LowMemOptimizer, param: Tensor, group: dict[str, Any]) -> None:
     """Count an update of `param` that is not made."""
     optimizer._next_context(param, group)
+    optimizer.accumulated.pop(param, None)
+
+
+def count_micro_batch_(optimizer: LowMemOptimizer, param: Tensor) -> None:
+    """Count a micro-batch that is not added to the state of `param`."""
+    optimizer.accumulated[param] = optimizer.accumulated.get(param, 0) + 1
 
 
 def know_as_(optimizer: LowMemOptimizer, param: Tensor, group: dict[str, Any], like: Tensor) -> None:

@@ -102,17 +102,21 @@ WritePart = Callable[..., None]
 """`write_` on a part of a weight: (direction of the part, lr=, weight_decay=, generator=)."""
 
 
-def parts_of(param: Tensor, grad: Tensor) -> Iterator[tuple[slice, Tensor, WritePart]]:
-    """(flat slice, the gradient's values in it, what writes a direction into it) of a weight, for element rules."""
+def parts_of(param: Tensor, grad: Tensor | None) -> Iterator[tuple[slice, Tensor, WritePart]]:
+    """(flat slice, the gradient's values in it, what writes a direction into it) of a weight, for element rules.
+
+    Without a gradient the values are those of nothing.
+    """
     held = held_weight(param)
     if held is None:
-        for part, weight, values in matching_parts(param, grad):
-            yield part, values, partial(write_, weight)
+        for part, weight, values in matching_parts(param, param if grad is None else grad):
+            yield part, param.new_empty(0) if grad is None else values, partial(write_, weight)
         return
     columns = held.shape[1]
     for rows in held.row_slices(multiple_of=SLICES_START_AT):
         part = slice(rows.start * columns, rows.stop * columns)
-        yield part, grad[rows].reshape(-1), partial(_write_held_rows_, held=held, rows=rows, is_part=True)
+        values = param.new_empty(0) if grad is None else grad[rows].reshape(-1)
+        yield part, values, partial(_write_held_rows_, held=held, rows=rows, is_part=True)
 
 
 def _write_held_rows_(

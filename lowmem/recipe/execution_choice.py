@@ -23,14 +23,28 @@ class Situation:
     clips: bool
     processes: int = 1
     """Of data parallel training."""
+    accumulates: bool = False
+    """Whether the rule of every parameter can add micro-batches to its momentum as they arrive."""
+    keeps_gradients: str | None = None
+    """Why all gradients are there at the step whatever is done with them, and how to do without; a clause."""
 
     @property
     def clips_globally(self) -> bool:
         return self.clips and self.clip != "tensor"
 
+    @property
+    def fused_holds_one_gradient(self) -> bool:
+        """Whether fused holds one gradient at a time, and not the sums of several micro-batches."""
+        return self.micro_batches == 1 or (self.accumulates and not self.clips)
+
 
 def objection(mode: Mode, at: Situation) -> str | None:
     """Why `mode` cannot give what is asked for, and the nearest settings that do; None where it can."""
+    if mode != "plain" and at.keeps_gradients is not None:
+        return (
+            f"train.execution: {mode} frees each gradient as it arrives, and {at.keeps_gradients}, or use "
+            "train.execution: plain."
+        )
     if mode == "fused" and at.clips_globally:
         return (
             "train.execution: fused updates each parameter before the norm of all gradients is known, so "
@@ -52,7 +66,7 @@ def objection(mode: Mode, at: Situation) -> str | None:
 
 
 def chosen_mode(requested: Requested, at: Situation) -> Mode:
-    """auto: fused for one micro-batch a step without global clipping, else project where it can be, else plain.
+    """auto: fused where it holds one gradient at a time and can clip as asked, else project or plain.
 
     Raises RefusedError for a way that was asked for by name and cannot give what is asked for.
     """
@@ -60,6 +74,6 @@ def chosen_mode(requested: Requested, at: Situation) -> Mode:
         if (reason := objection(requested, at)) is not None:
             raise RefusedError(reason)
         return requested
-    if at.micro_batches == 1 and objection("fused", at) is None:
+    if at.fused_holds_one_gradient and objection("fused", at) is None:
         return "fused"
     return "project" if objection("project", at) is None else "plain"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from lowmem.numerics.held_weights import grad_nbytes_of, shape_of
 from lowmem.optim.engine import LowMemOptimizer
+from lowmem.optim.micro_batches import accumulates
 from lowmem.optim.storage import accumulator_dtype
 from lowmem.recipe.execution_choice import Clip, Mode, Requested, Situation, chosen_mode, objection
 from lowmem.run.accumulate import ProjectInBackward
@@ -33,29 +36,49 @@ EXECUTIONS: dict[Mode, Callable[..., Execution]] = {
 
 
 def situation_of(
-    optimizer: LowMemOptimizer, *, micro_batches: int, clip: Clip, max_norm: float | None
+    optimizer: LowMemOptimizer,
+    *,
+    micro_batches: int,
+    clip: Clip,
+    max_norm: float | None,
+    keeps_gradients: str | None = None,
 ) -> Situation:
-    rules = [optimizer.rule_of(p, group) for group in optimizer.param_groups for p in group["params"]]
-    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    is_projected = any(rule.is_projected for rule in rules)
-    return Situation(is_projected, micro_batches, clip, max_norm is not None, processes)
+    trained = _trained(optimizer)
+    return Situation(
+        is_projected=any(optimizer.rule_of(param, group).is_projected for param, group in trained),
+        micro_batches=micro_batches,
+        clip=clip,
+        clips=max_norm is not None,
+        processes=dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
+        accumulates=all(accumulates(optimizer, param, group) for param, group in trained),
+        keeps_gradients=keeps_gradients,
+    )
 
 
-def gradient_bytes(optimizer: LowMemOptimizer, mode: Mode, *, micro_batches: int) -> int:
+COMPILED_AS_A_WHOLE = (
+    "a model compiled as a whole makes all of them at once. Compile the layers one by one (accelerate's regional "
+    "compilation)"
+)
+SCALED = "a GradScaler can unscale only what is there at the step. Train in bfloat16"
+
+
+def gradient_bytes(optimizer: LowMemOptimizer, mode: Mode, at: Situation) -> int:
     """What gradients and their sums take at most, refreshes and the gradient under way aside."""
-    total = largest = 0
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if not param.requires_grad:
-                continue
-            rule = optimizer.rule_of(param, group)
-            largest = max(largest, grad_nbytes_of(param))
-            if mode == "project" and rule.is_projected:
-                values = rule.projected_numel(shape_of(param))
-                total += values * accumulator_dtype(group["accumulator"], param.dtype).itemsize
-            else:
-                total += grad_nbytes_of(param)
-    return largest if mode == "fused" and micro_batches == 1 else total
+    held = largest = 0
+    for param, group in _trained(optimizer):
+        rule = optimizer.rule_of(param, group)
+        largest = max(largest, grad_nbytes_of(param))
+        adds_to_state = not at.clips and accumulates(optimizer, param, group)
+        if mode == "project" and rule.is_projected:
+            values = rule.projected_numel(shape_of(param))
+            held += values * accumulator_dtype(group["accumulator"], param.dtype).itemsize
+        elif mode != "fused" or not (at.micro_batches == 1 or adds_to_state):
+            held += grad_nbytes_of(param)
+    return max(held, largest) if mode == "fused" else held
+
+
+def _trained(optimizer: LowMemOptimizer) -> list[tuple[Tensor, dict[str, Any]]]:
+    return [(p, group) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
 def consequences(mode: Mode, at: Situation) -> str:
@@ -64,8 +87,11 @@ def consequences(mode: Mode, at: Situation) -> str:
         return "every gradient stays until the step"
     if mode == "project":
         return "gradients of matrices are projected as they arrive and freed; the others stay until the step"
-    if at.micro_batches > 1:
-        return "gradients are added up over the micro-batches and used and freed in the last one"
-    return (
-        "each parameter is updated as its gradient arrives, and the gradient is freed; its norm is not known"
-    )
+    if at.micro_batches == 1:
+        return "each parameter is updated as its gradient arrives, and the gradient is freed; its norm is not known"
+    if at.fused_holds_one_gradient:
+        return (
+            "each gradient is added to its momentum as it arrives and freed, and the last micro-batch moves the "
+            "weights; their norm is not known"
+        )
+    return "gradients are added up over the micro-batches and used and freed in the last one"

@@ -26,6 +26,7 @@ from lowmem.numerics.held_weights import grad_of, held_tensors, held_weight, num
 from lowmem.optim.engine import LowMemOptimizer
 from lowmem.run.norms import clip_each_, clip_to_, norm_of
 from lowmem.run.same_weights import refuse_different_weights
+from lowmem.run.second_backward import second_backward
 
 Mode = Literal["plain", "project", "fused"]
 Clip = Literal["applied", "full", "tensor"]
@@ -75,8 +76,9 @@ class Execution:
         self._is_first = self._is_last = True
         self._is_boundary_only = True
         self._drops = False
-        self.not_finite: list[Tensor] = []
-        """Parameters whose gradients in this step were not finite and were not used, as far as hooks have seen."""
+        self._arrived: set[Tensor] = set()
+        self.not_finite: dict[Tensor, None] = {}
+        """Parameters with gradients in this step that were not finite and not used, as far as hooks have seen."""
         self._full_squares: Tensor | None = None
         self._processes = _world_size()
 
@@ -127,17 +129,18 @@ class Execution:
     def begin_micro_batch(self, *, is_first: bool, is_last: bool) -> None:
         self._is_first, self._is_last = is_first, is_last
         self._drops = False
+        self._arrived.clear()
         if is_first:
-            self.not_finite = []
+            self.not_finite = {}
             self._full_squares = None
             self._is_boundary_only = is_last
 
-    def drop_micro_batch(self) -> None:
-        """Free the gradients of the micro-batch under way without using them: its loss is not finite.
+    def note_loss(self, loss: Tensor) -> None:
+        """Tell the loss of the micro-batch under way, before its backward pass.
 
-        Only a way that uses gradients before the boundary needs this; the others leave out the whole step.
+        A way that uses gradients before the boundary frees those of a loss that is not finite without using them;
+        the others leave out the whole step. On several processes all must call it.
         """
-        self._drops = True
 
     def first_not_finite(self) -> str | None:
         """The name of a parameter whose gradient, held or seen, is not finite."""
@@ -187,6 +190,10 @@ class Execution:
         return self.optimizer.rule_of(param, self.group_of(param)).is_projected
 
     def _on_gradient(self, param: Tensor) -> None:
+        if self.frees_gradients:
+            if param in self._arrived:
+                raise second_backward(self.mode, self.optimizer.place_of(param)[0])
+            self._arrived.add(param)
         with torch.no_grad():
             self.on_gradient(param)
 
@@ -263,12 +270,3 @@ def weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
 
 def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def refuse_what_frees_gradients_cannot_do(model: nn.Module, mode: Mode) -> None:
-    """Raise RefusedError for a model that holds all gradients at once whatever the hooks do."""
-    if mode != "plain" and hasattr(model, "_orig_mod"):
-        raise RefusedError(
-            f"train.execution: {mode} frees each gradient as it arrives, and a model compiled as a whole makes "
-            "all of them at once. Compile the layers one by one, or use train.execution: plain."
-        )

@@ -43,6 +43,7 @@ def trained(tmp_path, name="galore", broken=frozenset(), settings=None, resume=N
     model = LlamaForCausalLM(tiny_config(hidden_size=24, intermediate_size=48)).to(
         how.pop("dtype", torch.float32)
     )
+    how_trained = how.pop("trainer", MyTrainer)
     mixin = {key: how.pop(key) for key in ("execution", "clip", "refresh_from") if key in how}
     arguments = {
         "max_steps": 10, "per_device_train_batch_size": 2, "logging_steps": 1, "report_to": "none", "use_cpu": True,
@@ -53,7 +54,7 @@ def trained(tmp_path, name="galore", broken=frozenset(), settings=None, resume=N
     settings = (
         settings if settings is not None else ({"rank": 4, "refresh_every": 4} if name == "galore" else {})
     )
-    trainer = MyTrainer(
+    trainer = how_trained(
         model=model, args=args, train_dataset=Rows(broken), callbacks=list(callbacks),
         optimizer_cls_and_kwargs=lowmem.hf.optimizer(name, lr=1e-2, **settings), **mixin,
     )  # fmt: skip
@@ -163,3 +164,47 @@ def test_what_cannot_work_is_refused_when_training_begins(tmp_path):
     trainer = MyTrainer(model=model, args=args, train_dataset=Rows(), execution="fused")
     with pytest.raises(RefusedError, match="needs an optimizer of lowmem's, and this one is AdamW"):
         trainer.train()
+
+
+class TwoBackwardPasses(Trainer):
+    retain_graph = False
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        scale = inputs.pop("scale")
+        loss = self.compute_loss(model, {**inputs, "scale": scale})
+        self.accelerator.backward(loss, retain_graph=self.retain_graph)
+        again = loss if self.retain_graph else self.compute_loss(model, {**inputs, "scale": scale})
+        self.accelerator.backward(again)
+        return loss.detach()
+
+
+@pytest.mark.parametrize("retain_graph", [False, True])
+@pytest.mark.parametrize("execution", ["project", "fused"])
+def test_a_trainer_that_goes_backward_twice_is_refused_and_told_what_to_do(tmp_path, execution, retain_graph):
+    class Mine(MyTrainer, TwoBackwardPasses):
+        pass
+
+    Mine.retain_graph = retain_graph
+    how = {"max_grad_norm": 0, "max_steps": 2}
+    with pytest.raises(
+        RefusedError, match=r"Call backward once for each micro-batch.*train.execution: plain"
+    ):
+        trained(tmp_path, execution=execution, trainer=Mine, **how)
+    assert trained(tmp_path, execution="plain", trainer=Mine, **how).state.global_step == 2
+
+
+def test_a_model_that_will_be_compiled_as_a_whole_keeps_its_gradients(tmp_path):
+    how = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_grad_norm": 0, "max_steps": 1}
+    with pytest.raises(RefusedError, match="Compile the layers one by one"):
+        trained(tmp_path, execution="fused", **how)
+
+
+def test_a_grad_scaler_keeps_gradients(tmp_path):
+    class Scaled(MyTrainer):
+        def create_optimizer(self, *args):
+            self.accelerator.scaler = torch.amp.GradScaler("cpu", enabled=False)
+            return super().create_optimizer(*args)
+
+    with pytest.raises(RefusedError, match="GradScaler can unscale only what is there.*bfloat16"):
+        trained(tmp_path, execution="project", trainer=Scaled)
+    assert trained(tmp_path, max_grad_norm=0, max_steps=1, trainer=Scaled).execution.mode == "plain"

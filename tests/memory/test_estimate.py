@@ -259,6 +259,20 @@ EXECUTIONS = {
         recipe("adamw", execution="fused", gradient_accumulation_steps=3, activation_checkpointing=True),
         "backward",
     ),
+    "fused, added to the momentum": (
+        recipe("sgd_sai", execution="fused", gradient_accumulation_steps=3, activation_checkpointing=True),
+        "backward",
+    ),
+    "fused, added to a wider momentum": (
+        recipe(
+            "sgd",
+            settings={"momentum": 0.9, "storage": {"moment": "fp32"}},
+            gradient_accumulation_steps=2,
+            execution="auto",
+            activation_checkpointing=True,
+        ),
+        "backward",
+    ),
     "fused, low rank": (
         recipe("galore", settings=RANK, execution="fused", activation_checkpointing=True),
         "backward",

@@ -13,8 +13,16 @@ from torch.utils.checkpoint import checkpoint
 from lowmem.errors import RefusedError
 from lowmem.memory.measure import TrackedMeter
 from lowmem.optim import build_optimizer
-from lowmem.run.choose import EXECUTIONS, Situation, chosen_mode, gradient_bytes, objection
-from lowmem.run.execution import refuse_what_frees_gradients_cannot_do
+from lowmem.run.choose import (
+    COMPILED_AS_A_WHOLE,
+    EXECUTIONS,
+    SCALED,
+    Situation,
+    chosen_mode,
+    gradient_bytes,
+    objection,
+    situation_of,
+)
 from tests.optim.cases import CASES, LOW_BIT, LOW_BIT_CASES, case_id
 
 WIDTH, DEPTH = 24, 3
@@ -103,6 +111,12 @@ def furthest(ours, theirs) -> float:
     return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True)) / moved
 
 
+def adds_to_momentum(case) -> bool:
+    model = net()
+    at = situation_of(optimizer_for(case, model), micro_batches=4, clip="applied", max_norm=None)
+    return at.accumulates
+
+
 # ------------------------------------------------------------------ the same steps
 
 
@@ -114,7 +128,7 @@ def test_fused_makes_the_bits_of_plain_for_every_optimizer(case, dtype):
     assert all(torch.equal(a, b) for a, b in zip(plain, fused, strict=True))
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("case", [case for case in CASES if not adds_to_momentum(case)], ids=case_id)
 def test_fused_with_accumulation_makes_the_bits_of_plain(case):
     data = batches(10, 3)
     plain, fused = run("plain", case, data), run("fused", case, data)
@@ -139,13 +153,53 @@ PROJECTED = [
 ]
 
 
-@pytest.mark.parametrize("refresh_from", ["boundary", "first_micro_batch"])
-@pytest.mark.parametrize("case", PROJECTED, ids=case_id)
+def apart(ours, theirs, order: float) -> float:
+    """The norm of the difference relative to that of the weights, of the worst tensor."""
+    pairs = zip(ours, theirs, strict=True)
+    return max(((a - b).norm(p=order) / b.norm(p=order)).item() for a, b in pairs)
+
+
+class GivenGradients(Net):
+    """Its gradients are random numbers that do not depend on the weights."""
+
+    def forward(self, ids):
+        draw = torch.Generator().manual_seed(int((ids.flatten() * torch.arange(1, 15)).sum()))
+        return (
+            sum((param * torch.randn(param.shape, generator=draw)).sum() for param in self.parameters()) / 100
+        )
+
+
+def with_given_gradients(mode, case, data, **settings):
+    torch.manual_seed(0)
+    model = GivenGradients()
+    optimizer = optimizer_for(case, model)
+    return train(model, optimizer, execution_for(mode, optimizer, model, **settings), data)
+
+
+each_projection = pytest.mark.parametrize("case", PROJECTED, ids=case_id)
+each_refresh = pytest.mark.parametrize("refresh_from", ["boundary", "first_micro_batch"])
+
+
+@each_refresh
+@each_projection
 def test_project_with_accumulation_equals_plain_over_several_refreshes(case, refresh_from):
+    """Within 1e-6 of the largest value of each tensor: nothing but the order of the sums differs."""
+    data = batches(30, 4)
+    plain, project = (
+        with_given_gradients(mode, case, data, refresh_from=refresh_from) for mode in ("plain", "project")
+    )
+    coarse = "storage" in case[1]  # a sum rounded the other way in bf16 is one unit in its last place
+    assert apart(project, plain, order=math.inf) < (1e-2 if coarse else 1e-6)
+
+
+@each_refresh
+@each_projection
+def test_project_with_accumulation_trains_a_network_as_plain_does(case, refresh_from):
+    """Training amplifies a rounding; here plain steps differ by as much when their micro-batches change places."""
     data = batches(30, 4)
     plain, project = (run(mode, case, data, refresh_from=refresh_from) for mode in ("plain", "project"))
-    coarse = "storage" in case[1]  # a sum rounded the other way in few bits is one unit in its last place
-    assert furthest(project, plain) < (2e-2 if coarse else 1e-5)
+    coarse = "storage" in case[1]
+    assert apart(project, plain, order=2) < (1e-2 if coarse else 1e-6)
 
 
 @pytest.mark.parametrize("mode", ["project", "fused"])
@@ -279,13 +333,14 @@ def test_gradient_bytes_are_those_of_the_tensors_that_are_held():
     model = net()
     optimizer = optimizer_for(GALORE, model)
     whole = sum(param.nbytes for param in model.parameters())
-    assert gradient_bytes(optimizer, "plain", micro_batches=1) == whole
-    assert gradient_bytes(optimizer, "fused", micro_batches=1) == 2 * WIDTH * WIDTH * 4
+    one = situation_of(optimizer, micro_batches=1, clip="applied", max_norm=None)
+    assert gradient_bytes(optimizer, "plain", one) == whole
+    assert gradient_bytes(optimizer, "fused", one) == 2 * WIDTH * WIDTH * 4
     execution = execution_for("project", optimizer, model)
     execution.begin_micro_batch(is_first=True, is_last=True)
     model(batches(1, 1)[0][0]).backward()
     held = [*optimizer.projected.values(), *(p.grad for p in model.parameters() if p.grad is not None)]
-    assert gradient_bytes(optimizer, "project", micro_batches=1) == sum(tensor.nbytes for tensor in held)
+    assert gradient_bytes(optimizer, "project", one) == sum(tensor.nbytes for tensor in held)
 
 
 # ------------------------------------------------------------------ odd models and moments
@@ -372,8 +427,30 @@ def test_detached_hooks_do_nothing():
         (Situation(is_projected=True, micro_batches=8, clip="applied", clips=True), "project"),
         (Situation(is_projected=True, micro_batches=8, clip="full", clips=True), "plain"),
         (Situation(is_projected=False, micro_batches=1, clip="applied", clips=False), "fused"),
+        (
+            Situation(
+                is_projected=True,
+                micro_batches=1,
+                clip="applied",
+                clips=False,
+                keeps_gradients="something does",
+            ),
+            "plain",
+        ),
         (Situation(is_projected=False, micro_batches=1, clip="applied", clips=True), "plain"),
         (Situation(is_projected=False, micro_batches=8, clip="applied", clips=False), "plain"),
+        (
+            Situation(is_projected=False, micro_batches=8, clip="applied", clips=False, accumulates=True),
+            "fused",
+        ),
+        (
+            Situation(is_projected=False, micro_batches=8, clip="tensor", clips=True, accumulates=True),
+            "plain",
+        ),
+        (
+            Situation(is_projected=False, micro_batches=8, clip="applied", clips=True, accumulates=True),
+            "plain",
+        ),
     ],
     ids=str,
 )
@@ -388,6 +465,12 @@ def test_auto_takes_the_leanest_way_that_does_what_is_asked(situation, mode):
         ("fused", Situation(True, 1, "applied", True), "optimizer.clip: tensor"),
         ("project", Situation(False, 4, "applied", True), "such as galore"),
         ("project", Situation(True, 4, "full", True), "optimizer.clip: applied or tensor"),
+        (
+            "fused",
+            Situation(True, 1, "applied", False, keeps_gradients=COMPILED_AS_A_WHOLE),
+            "layers one by one",
+        ),
+        ("project", Situation(True, 1, "applied", True, keeps_gradients=SCALED), "Train in bfloat16, or use"),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_nearest_that_does(mode, situation, says):
@@ -405,11 +488,3 @@ def test_fused_cannot_clip_by_a_norm_that_comes_after_the_update():
     )
     model(batches(1, 1)[0][0]).backward()
     assert missing
-
-
-def test_a_model_compiled_as_a_whole_is_refused():
-    compiled = nn.Module()
-    compiled._orig_mod = net()  # what torch.compile(model) is to who looks at it
-    with pytest.raises(RefusedError, match="Compile the layers one by one"):
-        refuse_what_frees_gradients_cannot_do(compiled, "fused")
-    refuse_what_frees_gradients_cannot_do(compiled, "plain")

@@ -20,7 +20,7 @@ from tests.run.test_execution import GALORE, Net, batches, execution_for, net, o
 WORLD = 2
 COMBINATIONS = [
     (mode, case, micro_batches, clip)
-    for case in (GALORE, ("adamw", {}), ("sgd_sai", {}))
+    for case in (GALORE, ("adamw", {}), ("sgd_sai", {}), ("sgd", {"momentum": 0.9}))
     for mode in ("plain", "project", "fused")
     for micro_batches in (1, 3)
     for clip in (None, "applied", "tensor")
@@ -41,26 +41,44 @@ def trained(combination, wrap, data):
     return train(wrap(model), optimizer, execution, data(batches(12, micro_batches)))
 
 
-def gradient_bytes_held(mode: str, rank: int) -> int:
+def gradient_bytes_held(mode: str, name: str, settings: dict, process: int) -> int:
+    """At the fullest moment of a step; the least of several steps.
+
+    When gloo's all_reduce returns, its thread may still hold the tensor for a moment: of bare calls one in six is
+    alive afterwards without a Python object that refers to it. In a step of 50 calls that may make two.
+    """
     torch.manual_seed(0)
     model = Net(depth=12, width=64)
-    meter = TrackedMeter(model)
-    optimizer = build_optimizer(model, "galore", lr=1e-3, rank=4, target=["mlp"])
-    meter.watch(optimizer)
+    optimizer = build_optimizer(model, name, lr=1e-3, target=["mlp"], **settings)
     execution = execution_for(mode, optimizer, model)
     wrapped = DistributedDataParallel(model)
-    for step in batches(2, 1):
+    micro_batches = 1 if name == "galore" else 2
+    held = []
+    for number, step in enumerate(batches(10, micro_batches)):
+        meter = TrackedMeter(model)
+        meter.watch(optimizer)
         with meter.step():
-            execution.begin_micro_batch(is_first=True, is_last=True)
-            with meter.phase("forward"):
-                loss = wrapped(halves(step, rank)[0])
-            with meter.phase("backward"):
-                loss.backward()
+            for index, ids in enumerate(halves(step, process)):
+                execution.begin_micro_batch(is_first=index == 0, is_last=index == micro_batches - 1)
+                with meter.phase("forward"):
+                    loss = wrapped(ids)
+                with meter.phase("backward"):
+                    loss.backward()
+                del loss
             with meter.phase("optimizer"):
                 execution.finish_backward()
                 optimizer.step()
             model.zero_grad()
-    return meter.measured().parts["gradients"]
+        if number > 0:
+            held.append(meter.measured().parts["gradients"])
+    return min(held)
+
+
+HELD = {
+    "project": ("galore", {"rank": 4}),
+    "fused": ("galore", {"rank": 4}),
+    "fused, added to the momentum": ("sgd", {"momentum": 0.9}),
+}
 
 
 def work(rank: int, port: int, out: str) -> None:
@@ -74,7 +92,10 @@ def work(rank: int, port: int, out: str) -> None:
             )
             for combination in COMBINATIONS
         }
-        held = {mode: gradient_bytes_held(mode, rank) for mode in ("project", "fused")}
+        held = {
+            way: gradient_bytes_held(way.split(",")[0], name, settings, rank)
+            for way, (name, settings) in HELD.items()
+        }
         Path(out, f"{rank}.pickle").write_bytes(pickle.dumps((found, held)))
     finally:
         dist.destroy_process_group()
@@ -99,9 +120,10 @@ def test_two_processes_make_the_steps_of_one(ranks, combination):
     assert max((a - b).abs().max().item() for a, b in zip(zero, alone, strict=True)) < 2e-5
 
 
-def test_the_reducer_gives_no_freed_gradient_back(ranks):
+def test_one_layers_gradient_at_a_time_is_alive_and_the_reducer_gives_none_back(ranks):
     matrix, others = 64 * 128 * 4, 11 * 64 * 4 + 12 * (2 * 64 + 128) * 4
+    accumulators = 24 * 4 * 128 * 4
     for _, held in ranks:
-        # gloo's thread may let go of the buffer it has reduced a moment after the next gradient is there.
-        assert held["fused"] <= 2 * matrix + 512 * 4
-        assert held["project"] <= 24 * 4 * 128 * 4 + others + 2 * matrix + 512 * 100
+        assert held["fused"] <= matrix + 512 * 4
+        assert held["fused, added to the momentum"] <= matrix + 512 * 4
+        assert held["project"] <= accumulators + others + matrix + 512 * 100

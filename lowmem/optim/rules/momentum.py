@@ -8,6 +8,8 @@ from torch import Tensor
 
 from lowmem.optim.rule import Context, Direction, Rule, Shape, Slot, State
 
+BUFFER = "momentum_buffer"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Momentum(Rule):
@@ -18,6 +20,8 @@ class Momentum(Rule):
         U <- b,   or   g + momentum b  with Nesterov
 
     State: one tensor of the parameter's shape, none when momentum is 0.
+    b is linear in g, so a sum over micro-batches g = sum g_k may be made in it: `add_to_momentum_`. Nesterov's
+    form needs g by itself.
     """
 
     momentum: float = 0.0
@@ -32,18 +36,46 @@ class Momentum(Rule):
             )
 
     def slots(self, shape: Shape) -> dict[str, Slot]:
-        return {"momentum_buffer": Slot(shape)} if self.momentum else {}
+        return {BUFFER: Slot(shape)} if self.momentum else {}
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> tuple[Direction, dict[str, Tensor]]:
         if not self.momentum:
             return grad, {}
-        b = state["momentum_buffer"]
-        if ctx.step == 1:
-            b.copy_(grad)
-        else:
-            b.mul_(self.momentum).add_(grad, alpha=1 - self.dampening)
-        U = grad.add(b, alpha=self.momentum) if self.nesterov else b
-        return U, {"momentum_buffer": b}
+        changed = self.accumulate(grad, state, ctx, is_first=True)
+        b = changed[BUFFER]
+        return grad.add(b, alpha=self.momentum) if self.nesterov else b, changed
+
+    @property
+    def accumulates_in(self) -> str | None:
+        return BUFFER if self.momentum and not self.nesterov else None
+
+    def accumulate(self, grad: Tensor, state: State, ctx: Context, *, is_first: bool) -> dict[str, Tensor]:
+        b = add_to_momentum_(
+            state[BUFFER],
+            grad,
+            step=ctx.step,
+            is_first=is_first,
+            momentum=self.momentum,
+            dampening=self.dampening,
+        )
+        return {BUFFER: b}
+
+    def direction_of(self, accumulated: Tensor, state: State) -> Direction:
+        return accumulated
 
     def change_basis(self, state: State, C: Tensor, ctx: Context) -> dict[str, Tensor]:
-        return {"momentum_buffer": C @ state["momentum_buffer"]} if self.momentum else {}
+        return {BUFFER: C @ state[BUFFER]} if self.momentum else {}
+
+
+def add_to_momentum_(
+    b: Tensor, grad: Tensor, *, step: int, is_first: bool, momentum: float, dampening: float
+) -> Tensor:
+    """b <- momentum b + (1 - dampening) g for the first gradient of a step, b + (1 - dampening) g for more of it.
+
+    In step 1 b is the gradient itself.
+    """
+    if step == 1:
+        return b.copy_(grad) if is_first else b.add_(grad)
+    if is_first:
+        b.mul_(momentum)
+    return b.add_(grad, alpha=1 - dampening)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lowmem.numerics.tiles import sum_and_squares
 from lowmem.optim.rule import Context, Direction, Rule, Shape, Slot, State
+from lowmem.optim.rules.momentum import BUFFER, add_to_momentum_
 
 LOWEST, HIGHEST = 0.5, 4.0
 """Bounds of g-SNR in units of sqrt(numel): outside them the ratio is an accident of few or equal entries."""
@@ -32,14 +34,13 @@ class SnrScaledMomentum(Rule):
 
     def slots(self, shape: Shape) -> dict[str, Slot]:
         ratio = {"gsnr": Slot((), "scalar")}
-        return {"momentum_buffer": Slot(shape), **ratio} if self.momentum else ratio
+        return {BUFFER: Slot(shape), **ratio} if self.momentum else ratio
 
     def needs_refresh(self, ctx: Context) -> bool:
         return not ctx.knows("gsnr")
 
     def refresh(self, grad: Tensor, state: State, ctx: Context) -> dict[str, Tensor]:
-        if ctx.step > 1 and ctx.ask(state["gsnr"] > 0, assume=True):
-            ctx.remember("gsnr")
+        if self._has_ratio(state, ctx):
             return {}
         total, squares = sum_and_squares(grad)
         if not ctx.ask(torch.isfinite(squares) & (squares > 0), assume=True):
@@ -48,15 +49,40 @@ class SnrScaledMomentum(Rule):
         return {"gsnr": signal_to_noise(total, squares, grad.numel())}
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> tuple[Direction, dict[str, Tensor]]:
-        s = state["gsnr"] / self.normalizer
         if not self.momentum:
-            return grad * s, {}
-        m = state["momentum_buffer"]
-        if ctx.step == 1:
-            m.copy_(grad)
-        else:
-            m.lerp_(grad, 1 - self.momentum)
-        return m * s, {"momentum_buffer": m}
+            return self.direction_of(grad, state), {}
+        changed = self.accumulate(grad, state, ctx, is_first=True)
+        return self.direction_of(changed[BUFFER], state), changed
+
+    @property
+    def accumulates_in(self) -> str | None:
+        return BUFFER if self.momentum else None
+
+    def may_accumulate(self, state: Mapping[str, Tensor], ctx: Context) -> bool:
+        """The ratio is that of a whole step's gradient, so the steps up to the first usable one need that."""
+        return self._has_ratio(state, ctx)
+
+    def accumulate(self, grad: Tensor, state: State, ctx: Context, *, is_first: bool) -> dict[str, Tensor]:
+        m = add_to_momentum_(
+            state[BUFFER],
+            grad,
+            step=ctx.step,
+            is_first=is_first,
+            momentum=self.momentum,
+            dampening=self.momentum,
+        )
+        return {BUFFER: m}
+
+    def direction_of(self, accumulated: Tensor, state: State) -> Direction:
+        return accumulated * (state["gsnr"] / self.normalizer)
+
+    def _has_ratio(self, state: State, ctx: Context) -> bool:
+        if ctx.knows("gsnr"):
+            return True
+        if ctx.step == 1 or not ctx.ask(state["gsnr"] > 0, assume=True):
+            return False
+        ctx.remember("gsnr")
+        return True
 
 
 def signal_to_noise(total: Tensor, squares: Tensor, numel: int) -> Tensor:
