@@ -76,7 +76,7 @@ class SnrScaledMomentum(Rule):
     def direction_of(self, accumulated: Tensor, state: State) -> Direction:
         return accumulated * (state["gsnr"] / self.normalizer)
 
-    def _has_ratio(self, state: State, ctx: Context) -> bool:
+    def _has_ratio(self, state: Mapping[str, Tensor], ctx: Context) -> bool:
         if ctx.knows("gsnr"):
             return True
         if ctx.step == 1 or not ctx.ask(state["gsnr"] > 0, assume=True):
