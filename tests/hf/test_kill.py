@@ -1,7 +1,7 @@
 """A run that is killed and started again, over and over, against one that nobody touched.
 
 One long-lived process imports everything once and forks a child for each run, so that a kill point costs
-what the run costs. `python -m tests.hf.test_kill FOLDER MODEL COUNT SEED OPTIMIZER ...` is that process.
+what the run costs. `python -m tests.hf.test_kill FOLDER MODEL COUNT SEED OPTIMIZER/EXECUTION ...` is that process.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ import lowmem.hf.ending
 from lowmem.hf.flow import train
 from lowmem.hf.trainer import LowMemTrainer
 from lowmem.optim import LowMemOptimizer, registry
+from lowmem.optim.settings import settings_of
+from lowmem.recipe.schema import Recipe
+from lowmem.run.choose import EXECUTIONS, objection, situation_of
 from tests.hf.tiny_runs import tiny_recipe, write_model
 
 SETTINGS = (
@@ -61,7 +64,9 @@ def kill_at_(event: int) -> list[int]:
 
     for name in CALLS:
         setattr(os, name, watched(getattr(os, name)))
-    for owner, name in ((LowMemTrainer, "training_step"), (LowMemOptimizer, "step_param"), (torch, "save")):
+    for name in ("step_param", "project_grad_", "accumulate_grad_"):
+        setattr(LowMemOptimizer, name, watched(getattr(LowMemOptimizer, name)))
+    for owner, name in ((LowMemTrainer, "training_step"), (torch, "save")):
         setattr(owner, name, watched(getattr(owner, name)))
     return count
 
@@ -116,17 +121,45 @@ def differences(found: dict, expected: dict) -> list[str]:
     return lines
 
 
-def prove(folder: Path, model: Path, count: int, seed: int, optimizers: list[str]) -> None:
+def settings_for(name: str) -> dict:
+    """With a basis that fits the small matrices and is refreshed on the way, and with momentum."""
+    wanted = {"lr": 3e-3, "rank": 4, "refresh_every": 3, "momentum": 0.9}
+    return {key: value for key, value in wanted.items() if key in settings_of(registry.optimizer_class(name))}
+
+
+def every_way() -> list[str]:
+    """optimizer/execution, for all that go together."""
+    ways = []
+    for name in sorted(registry.OPTIMIZERS):
+        one = torch.nn.Parameter(torch.empty(16, 24))
+        optimizer = registry.optimizer_class(name)([one], **settings_for(name))
+        at = situation_of(optimizer, micro_batches=2, clip="applied", max_norm=None)
+        ways += [f"{name}/{mode}" for mode in EXECUTIONS if objection(mode, at) is None]
+    return ways
+
+
+def recipe_for(folder: Path, model: Path, way: str) -> Recipe:
+    name, execution = way.split("/")
+    settings = ", ".join(f"{key}: {value}" for key, value in settings_for(name).items())
+    clipping = ["train.max_grad_norm=null"] if execution == "fused" else []
+    return tiny_recipe(
+        folder,
+        model,
+        *SETTINGS,
+        *clipping,
+        f"optimizer={{name: {name}, {settings}}}",
+        f"train.execution={execution}",
+    )
+
+
+def prove(folder: Path, model: Path, count: int, seed: int, ways: list[str]) -> None:
     """Kill `count` runs at random, restart each until it is done, and print one JSON line for each."""
     draw = random.Random(seed)
     lowmem.hf.ending.write_report = lambda where: where / "report.md"  # pictures take longer than these runs
-    recipes = {
-        name: tiny_recipe(folder, model, *SETTINGS, f"optimizer={{name: {name}, lr: 3.0e-3}}")
-        for name in optimizers
-    }
+    recipes = {way: recipe_for(folder, model, way) for way in ways}
     run = folder / "run"
     expected, events, seconds = {}, {}, {}
-    for name, recipe in recipes.items():
+    for way, recipe in recipes.items():
 
         def counted(recipe=recipe) -> int:
             count = kill_at_(0)
@@ -134,37 +167,35 @@ def prove(folder: Path, model: Path, count: int, seed: int, optimizers: list[str
             (folder / "events").write_text(str(count[0]))
             return code
 
-        status, seconds[name] = in_a_child(counted)
+        status, seconds[way] = in_a_child(counted)
         assert status == 0
-        events[name] = int((folder / "events").read_text())
-        expected[name] = outcome_of(run)
+        events[way] = int((folder / "events").read_text())
+        expected[way] = outcome_of(run)
         shutil.rmtree(run)
     for number in range(count):
-        name = optimizers[number % len(optimizers)]
-        recipe, kills = recipes[name], []
+        way = ways[number % len(ways)]
+        recipe, kills = recipes[way], []
         for _ in range(1 + number % 2):  # every other run is killed again while it recovers
             if draw.random() < 0.7:
-                event = draw.randint(1, events[name])
+                event = draw.randint(1, events[way])
                 status, _ = in_a_child(lambda recipe=recipe, event=event: (kill_at_(event), train(recipe))[1])
                 kills.append(f"event {event}")
             else:
-                wait_seconds = draw.uniform(0, seconds[name])
+                wait_seconds = draw.uniform(0, seconds[way])
                 child = start_child(lambda recipe=recipe: train(recipe))
                 time.sleep(wait_seconds)
                 os.kill(child, signal.SIGKILL)
                 status = os.waitpid(child, 0)[1]
                 kills.append(f"{wait_seconds:.3f} s")
             killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-            assert killed or status == 0, f"{name}, {kills}: {status}"
+            assert killed or status == 0, f"{way}, {kills}: {status}"
         status, _ = in_a_child(lambda recipe=recipe: train(recipe))
-        wrong = [f"exit status {status}"] if status else differences(outcome_of(run), expected[name])
-        print(
-            json.dumps({"optimizer": name, "kills": kills, "wrong": wrong}), file=sys.__stdout__, flush=True
-        )
+        wrong = [f"exit status {status}"] if status else differences(outcome_of(run), expected[way])
+        print(json.dumps({"way": way, "kills": kills, "wrong": wrong}), file=sys.__stdout__, flush=True)
         shutil.rmtree(run)
 
 
-def lines_of(tmp_path: Path, count: int, seed: int, optimizers: list[str]) -> list[dict]:
+def lines_of(tmp_path: Path, count: int, seed: int, ways: list[str]) -> list[dict]:
     command = [
         sys.executable,
         "-m",
@@ -174,7 +205,7 @@ def lines_of(tmp_path: Path, count: int, seed: int, optimizers: list[str]) -> li
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [*command, str(count), str(seed), *optimizers],
+        [*command, str(count), str(seed), *ways],
         env=environment,
         capture_output=True,
         text=True,
@@ -186,21 +217,22 @@ def lines_of(tmp_path: Path, count: int, seed: int, optimizers: list[str]) -> li
 
 
 def test_runs_killed_at_eight_random_points_end_as_if_they_had_not_been(tmp_path):
-    lines = lines_of(tmp_path, 8, seed=1, optimizers=["galore", "adamw"])
-    assert len(lines) == 8
+    ways = ["galore/project", "adamw/plain", "sgd_sai/fused", "galore/fused"]
+    lines = lines_of(tmp_path, 8, seed=1, ways=ways)
+    assert [line["way"] for line in lines] == 2 * ways
     assert [line for line in lines if line["wrong"]] == []
 
 
 @pytest.mark.slow
-def test_runs_of_every_optimizer_killed_at_random_points_end_as_if_they_had_not_been(tmp_path):
-    names = sorted(registry.OPTIMIZERS)
-    lines = lines_of(tmp_path, max(104, 8 * len(names)), seed=2, optimizers=names)
+def test_runs_of_every_optimizer_and_execution_killed_at_random_points_end_as_if_they_had_not_been(tmp_path):
+    ways = every_way()
+    lines = lines_of(tmp_path, max(104, 4 * len(ways)), seed=2, ways=ways)
     assert len(lines) >= 100
-    assert {line["optimizer"] for line in lines} == set(names)
+    assert {line["way"] for line in lines} == set(ways)
     assert [line for line in lines if line["wrong"]] == []
 
 
 if __name__ == "__main__":
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what the runs say; forked children share it
-    where, model_folder, how_many, first_seed, *names_given = sys.argv[1:]
-    prove(Path(where), Path(model_folder), int(how_many), int(first_seed), names_given)
+    where, model_folder, how_many, first_seed, *ways_given = sys.argv[1:]
+    prove(Path(where), Path(model_folder), int(how_many), int(first_seed), ways_given)
