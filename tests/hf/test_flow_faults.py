@@ -99,11 +99,14 @@ def test_a_learning_rate_that_explodes_shows_nan_and_stops_after_twenty_rows(tmp
         ),
     ],
 )
-def test_too_little_memory_is_a_fault_with_advice(tmp_path, model_folder, monkeypatch, error):
+@pytest.mark.parametrize(
+    "where", ["lowmem.hf.model_setup.load_model", "lowmem.optim.LowMemOptimizer.step_param"]
+)
+def test_too_little_memory_is_a_fault_with_advice(tmp_path, model_folder, monkeypatch, error, where):
     def full(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(lowmem.hf.model_setup, "load_model", full)
+    monkeypatch.setattr(where, full)
     with pytest.raises(FaultError, match=r"allocate 2\.00 GiB.*train\.activation_checkpointing=true"):
         train(tiny_recipe(tmp_path, model_folder))
 

@@ -23,10 +23,9 @@ from safetensors.torch import load_file
 import lowmem.hf.ending
 from lowmem.hf.flow import train
 from lowmem.hf.trainer import LowMemTrainer
-from lowmem.optim import LowMemOptimizer, registry
-from lowmem.optim.settings import settings_of
+from lowmem.optim import LowMemOptimizer
 from lowmem.recipe.schema import Recipe
-from lowmem.run.choose import EXECUTIONS, objection, situation_of
+from tests.hf.every_way import every_way, settings_for
 from tests.hf.tiny_runs import tiny_recipe, write_model
 
 SETTINGS = (
@@ -121,23 +120,6 @@ def differences(found: dict, expected: dict) -> list[str]:
     return lines
 
 
-def settings_for(name: str) -> dict:
-    """With a basis that fits the small matrices and is refreshed on the way, and with momentum."""
-    wanted = {"lr": 3e-3, "rank": 4, "refresh_every": 3, "momentum": 0.9}
-    return {key: value for key, value in wanted.items() if key in settings_of(registry.optimizer_class(name))}
-
-
-def every_way() -> list[str]:
-    """optimizer/execution, for all that go together."""
-    ways = []
-    for name in sorted(registry.OPTIMIZERS):
-        one = torch.nn.Parameter(torch.empty(16, 24))
-        optimizer = registry.optimizer_class(name)([one], **settings_for(name))
-        at = situation_of(optimizer, micro_batches=2, clip="applied", max_norm=None)
-        ways += [f"{name}/{mode}" for mode in EXECUTIONS if objection(mode, at) is None]
-    return ways
-
-
 def recipe_for(folder: Path, model: Path, way: str) -> Recipe:
     name, execution = way.split("/")
     settings = ", ".join(f"{key}: {value}" for key, value in settings_for(name).items())
@@ -225,7 +207,7 @@ def test_runs_killed_at_eight_random_points_end_as_if_they_had_not_been(tmp_path
 
 @pytest.mark.slow
 def test_runs_of_every_optimizer_and_execution_killed_at_random_points_end_as_if_they_had_not_been(tmp_path):
-    ways = every_way()
+    ways = ["/".join(way) for way in every_way()]
     lines = lines_of(tmp_path, max(104, 4 * len(ways)), seed=2, ways=ways)
     assert len(lines) >= 100
     assert {line["way"] for line in lines} == set(ways)

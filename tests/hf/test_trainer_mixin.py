@@ -12,6 +12,8 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArg
 import lowmem
 from lowmem.errors import FaultError, RefusedError
 from lowmem.hf.trainer_mixin import TOLERATED_IN_A_ROW
+from lowmem.optim.registry import OPTIMIZERS
+from tests.hf.every_way import every_way, settings_for
 from tests.hf.tiny_runs import tiny_config
 
 
@@ -84,7 +86,7 @@ def test_accumulation_clipping_and_schedule_work_in_project_as_in_plain(tmp_path
     assert norms == pytest.approx(other, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "sgd_sai", "galore"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_fused_makes_the_bits_of_plain(tmp_path, name):
     plain, fused = (trained(tmp_path, name, execution=each, max_grad_norm=0) for each in ("plain", "fused"))
     assert fused.execution.mode == "fused"
@@ -92,12 +94,8 @@ def test_fused_makes_the_bits_of_plain(tmp_path, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("execution", ["plain", "project", "fused"])
-@pytest.mark.parametrize("name", ["adamw", "sgd", "sgd_sai", "galore"])
+@pytest.mark.parametrize(("name", "execution"), every_way())
 def test_a_run_interrupted_and_resumed_has_the_bits_of_one_that_was_not(tmp_path, name, execution, dtype):
-    if execution == "project" and name != "galore":
-        pytest.skip("there is nothing to project")
-
     class StopAt(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_save = control.should_training_stop = state.global_step == 7
@@ -107,6 +105,7 @@ def test_a_run_interrupted_and_resumed_has_the_bits_of_one_that_was_not(tmp_path
         "gradient_accumulation_steps": 2,
         "dtype": dtype,
         "max_grad_norm": 0 if execution == "fused" else 0.5,
+        "settings": {key: value for key, value in settings_for(name).items() if key != "lr"},
     }
     whole = trained(tmp_path / "whole", name, **how)
     trained(tmp_path / "cut", name, callbacks=[StopAt()], **how)
@@ -136,6 +135,23 @@ def test_fused_leaves_out_a_micro_batch_whose_loss_is_not_finite(tmp_path):
     trainer = trained(tmp_path, broken={9}, execution="fused", max_grad_norm=0)
     assert trainer.skipped_steps == 1
     assert all(torch.isfinite(weight).all() for weight in weights(trainer))
+
+
+def test_fused_uses_what_the_other_micro_batches_of_a_step_gave(tmp_path, caplog):
+    """Row 9 is in the first micro-batch of step 3; the second moves the weights."""
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append(model.lm_head.weight.detach().clone())
+
+    how = {"settings": {"momentum": 0.9}, "gradient_accumulation_steps": 2, "max_grad_norm": 0}
+    trainer = trained(tmp_path, "sgd", broken={9}, callbacks=[Watch()], **how)
+    assert trainer.execution.mode == "fused"
+    assert trainer.skipped_steps == 1
+    assert not torch.equal(seen[2], seen[1])
+    assert all(torch.isfinite(weight).all() for weight in weights(trainer))
+    assert "step 3 leaves out gradients of" in caplog.text
 
 
 @pytest.mark.parametrize("execution", ["project", "fused"])

@@ -488,3 +488,17 @@ def test_fused_cannot_clip_by_a_norm_that_comes_after_the_update():
     )
     model(batches(1, 1)[0][0]).backward()
     assert missing
+
+
+def test_the_norm_of_a_step_cannot_be_had_from_its_micro_batches():
+    """The experiment behind the refusal of `full` in project: the same norms of the parts, other norms of the sum."""
+
+    def norms(parts):
+        whole = sum(parts)
+        return [part.norm().item() for part in parts], whole.norm().item()
+
+    G = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    (parts, whole), (others, other_whole) = norms([G, G]), norms([G, -G])
+    assert parts == others
+    assert whole == pytest.approx(2 * parts[0])
+    assert other_whole == 0
