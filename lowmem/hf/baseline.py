@@ -29,7 +29,7 @@ from lowmem.hf.replayed_steps import replay, replay_arguments
 from lowmem.hf.training_arguments import training_arguments
 from lowmem.memory.measure import Measured, meter_for
 from lowmem.recipe.load import load_recipe
-from lowmem.recipe.schema import Recipe
+from lowmem.recipe.schema import ModelRecipe, Recipe
 
 VARIANTS = tuple(adamw_variants(0.0, 0.0))
 LAUNCH_VARIABLES = (
@@ -86,11 +86,16 @@ def measure_variant(
     return meter.measured()
 
 
+def trained_by_others(model: ModelRecipe) -> ModelRecipe:
+    """torch's optimizers know no int8 weights: they train the same model in float."""
+    return replace(model, weights="bf16") if model.weights == "int8" else model
+
+
 def main(arguments: list[str]) -> int:
     recipe_file, batches, out = (Path(argument) for argument in arguments)
     recipe = load_recipe(recipe_file, files_must_exist=False)
     # The checks of packing and of the loss were made by the run itself; data is not read at all.
-    recipe = replace(recipe, data=replace(recipe.data, packing=False))
+    recipe = replace(recipe, data=replace(recipe.data, packing=False), model=trained_by_others(recipe.model))
     data = RecordedBatches(batches)
     settings = recipe.optimizer.settings
     found: dict[str, dict[str, Any]] = {}

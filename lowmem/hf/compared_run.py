@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +25,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lowmem.errors import LowMemError
 from lowmem.hf.adamw_variants import adamw_variants
+from lowmem.hf.baseline import trained_by_others
 from lowmem.hf.callbacks import MeterBorders
 from lowmem.hf.compared_batches import HELD_OUT, TRAIN, checksum, num_tokens
 from lowmem.hf.environment import describe_environment
@@ -176,6 +177,8 @@ def main(arguments: list[str]) -> int:
     variant = arguments[3] if len(arguments) > 3 else None
     # The rows were read by the process that recorded the batches, so their files are not looked for.
     recipe = load_recipe(recipe_file, files_must_exist=False)
+    if variant is not None:
+        recipe = replace(recipe, model=trained_by_others(recipe.model))
     found: dict[str, Any]
     try:
         with tempfile.TemporaryDirectory() as scratch, quiet_transformers():

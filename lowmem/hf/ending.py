@@ -35,7 +35,11 @@ def save_final_model(run: Run) -> None:
         model = run.trainer.model = merge(model)
     if run.is_main:
         write_final_model(
-            model, run.tokenizer, run.folder.model, last_checkpoint=run.folder.newest_checkpoint()
+            model,
+            run.tokenizer,
+            run.folder.model,
+            last_checkpoint=run.folder.newest_checkpoint(),
+            keeps_int8=run.recipe.save.int8,
         )
         run.say(f"model: {run.folder.model}")
     run.trainer.accelerator.wait_for_everyone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem.hf.atomic_folder import disk_faults_explained, publish_folder
 from lowmem.hf.chunked_loss import causal_model
+from lowmem.hf.export import write_float_copy
+from lowmem.hf.int8_config import is_stored_in_int8
 from lowmem.hf.lora import save_adapters
 from lowmem.run.checkpoint_probe import write_safetensors_in_small
 from lowmem.run.checkpoint_tensors import write_safetensors
@@ -53,8 +56,11 @@ def write_final_model(
     folder: Path,
     *,
     last_checkpoint: Path | None,
+    keeps_int8: bool = False,
 ) -> None:
     """Write `model` to `folder`, replacing an earlier one when the new one is complete.
+
+    Int8 weights are written in the dtype that the model computes in, unless `keeps_int8`.
 
     Raises FaultError, naming `last_checkpoint`, when the disk is full.
     """
@@ -64,6 +70,17 @@ def write_final_model(
     unfinished = folder.with_name(f".{folder.name}.saving")
     with disk_faults_explained("The final model", last_checkpoint):
         shutil.rmtree(unfinished, ignore_errors=True)
-        save_weights(model, unfinished)
+        if keeps_int8 or not is_stored_in_int8(inner.config):
+            save_weights(model, unfinished)
+        else:
+            _save_in_float(inner, unfinished)
         tokenizer.save_pretrained(str(unfinished))
         publish_folder(unfinished, folder)
+
+
+def _save_in_float(model: PreTrainedModel, folder: Path) -> None:
+    """By way of the int8 files, which are then read a few MiB at a time: no float copy of the model is made."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-int8-") as int8:
+        save_weights(model, int8)
+        folder.mkdir()
+        write_float_copy(Path(int8), folder, dtype=str(model.dtype).removeprefix("torch."))

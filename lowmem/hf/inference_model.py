@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem.errors import RecipeError
 from lowmem.hf.model import load_model, load_tokenizer
+from lowmem.hf.model_folder import CONFIG, read_config
 from lowmem.hf.run_folder import RunFolder
 from lowmem.recipe.load import load_recipe
 from lowmem.recipe.schema import ModelRecipe, Recipe
@@ -90,7 +91,11 @@ def _with_adapters(base: PreTrainedModel, adapters: Path) -> PeftModel:
 
 
 def _at(model: ModelRecipe, weights: Path) -> ModelRecipe:
-    return replace(model, name_or_path=str(weights), revision=None)
+    """`model` as it is stored in the folder `weights`."""
+    quantization = read_config(weights).get("quantization_config") if (weights / CONFIG).is_file() else None
+    return replace(
+        model, name_or_path=str(weights), revision=None, weights="bf16" if quantization is None else "int8"
+    )
 
 
 def _on_device(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowmem.quant.convert import Int8Choice
 from lowmem.quant.int8_weight import GROUP
+from lowmem.recipe.schema import Int8Recipe, ModelRecipe
 
 METHOD = "lowmem_int8"
 SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -57,3 +59,20 @@ class Int8Config(QuantizationConfigMixin):
             embeddings=self.quantize_embeddings,
             keep=tuple(self.modules_to_not_convert or ()),
         )
+
+
+def int8_config(recipe: ModelRecipe) -> Int8Config:
+    """What `recipe.int8` asks for."""
+    asked = recipe.int8 or Int8Recipe()
+    return Int8Config(
+        group_size=asked.group_size,
+        scale_dtype={"fp32": "float32", "bf16": "bfloat16"}[asked.scales],
+        quantize_embeddings=asked.embeddings,
+    )
+
+
+def is_stored_in_int8(config: PreTrainedConfig) -> bool:
+    """Whether the model that `config` came with has int8 weights of this kind."""
+    stored = getattr(config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    return method == METHOD

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lowmem.errors import RecipeError
-from lowmem.numerics.held_weights import nbytes_of
+from lowmem.numerics.held_weights import nbytes_of, numel_of
 from lowmem.optim import LowMemOptimizer, build_optimizer
 from lowmem.recipe.schema import Recipe
 
@@ -28,3 +28,8 @@ def trainable_bytes(model: nn.Module) -> int:
 def model_bytes(model: nn.Module) -> int:
     """Bytes of all parameters; a tied one counts once."""
     return sum(nbytes_of(param) for param in model.parameters())
+
+
+def float_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters when those in int8 are written in the dtype that they compute in."""
+    return sum(numel_of(param) * param.dtype.itemsize for param in model.parameters())

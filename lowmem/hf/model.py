@@ -15,9 +15,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from lowmem.errors import LowMemError, RecipeError, RefusedError
 from lowmem.hf.causality_probe import attends_ahead
 from lowmem.hf.hub import hub_has_an_address
+from lowmem.hf.int8_config import int8_config, is_stored_in_int8
 from lowmem.hf.loading_errors import explain
 from lowmem.hf.model_folder import BUILTIN_PREFIX, KEY, a_few, check_builtin, check_model_folder, local_folder
 from lowmem.hf.nf4 import keep_codes_through_evaluation_, nf4_loading
+from lowmem.hf.quantizer import quantize_loaded_
 from lowmem.hf.quiet import quiet_transformers
 from lowmem.hf.tokenizer import load_tokenizer
 from lowmem.recipe.schema import ModelRecipe
@@ -32,7 +34,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 def load_model(recipe: ModelRecipe, *, seed: int) -> PreTrainedModel:
     """The causal language model `recipe.name_or_path`, on the CPU, in `recipe.dtype`, in evaluation mode.
 
-    With `weights: nf4` its linear layers are in 4-bit codes, and it is on the GPU where there is one.
+    With `weights: nf4` its linear layers are in 4-bit codes, and it is on the GPU where there is one; with
+    `weights: int8` they are in int8, quantised one by one as they are read, or as they are stored. Int8 weights
+    on the disk become float ones with `weights: bf16`.
 
     `seed` decides the first weights of builtin:tiny-llama and nothing else: a model from disk or from the Hub
     must bring every weight, in safetensors. The global random state is left alone.
@@ -41,10 +45,11 @@ def load_model(recipe: ModelRecipe, *, seed: int) -> PreTrainedModel:
     that needs code of its own; RefusedError for an attention implementation that this model or machine lacks.
     """
     _check_attention(recipe)
-    packing = loading_arguments(recipe)
     if recipe.name_or_path.startswith(BUILTIN_PREFIX):
         model = _builtin_model(recipe, seed)
-        return model if not packing else _packed(model, recipe, seed)
+        if recipe.weights == "int8":
+            quantize_loaded_(model, int8_config(recipe))
+        return model if recipe.weights != "nf4" else _packed(model, recipe, seed)
     folder = local_folder(recipe.name_or_path)
     if folder is not None:
         check_model_folder(folder)
@@ -56,7 +61,8 @@ def load_model(recipe: ModelRecipe, *, seed: int) -> PreTrainedModel:
     }
     try:
         with quiet_transformers(), torch.random.fork_rng([]):
-            check_kind(AutoConfig.from_pretrained(name, **where), recipe)
+            config = AutoConfig.from_pretrained(name, **where)
+            check_kind(config, recipe)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name,
                 **where,
@@ -64,7 +70,7 @@ def load_model(recipe: ModelRecipe, *, seed: int) -> PreTrainedModel:
                 attn_implementation=recipe.attn,
                 use_safetensors=True,
                 output_loading_info=True,
-                **packing,
+                **loading_arguments(recipe, is_int8=is_stored_in_int8(config)),
                 # Mismatches are then listed in the report, with both shapes.
                 ignore_mismatched_sizes=True,
             )
@@ -79,18 +85,18 @@ def load_model(recipe: ModelRecipe, *, seed: int) -> PreTrainedModel:
         raise _not_causal(
             recipe, f"{model.config.model_type}, an encoder that sees the tokens to be predicted"
         )
-    if packing:
+    if recipe.weights == "nf4":
         keep_codes_through_evaluation_(model)
+    if recipe.weights == "bf16" and is_stored_in_int8(model.config):
+        model.dequantize(DTYPES[recipe.dtype])
     return model
 
 
-def loading_arguments(recipe: ModelRecipe) -> dict[str, Any]:
-    """What `recipe.weights` adds to `from_pretrained`. Raises RefusedError for what a recipe cannot train."""
-    if recipe.weights == "int8":
-        raise RefusedError(
-            "model.weights: int8 cannot be trained from a recipe. Use model.weights: bf16, or nf4 with lora: {r: 16}."
-        )
-    return nf4_loading(DTYPES[recipe.dtype]) if recipe.weights == "nf4" else {}
+def loading_arguments(recipe: ModelRecipe, *, is_int8: bool) -> dict[str, Any]:
+    """What `recipe.weights` adds to `from_pretrained`, which knows by itself what is stored in int8."""
+    if recipe.weights == "nf4":
+        return nf4_loading(DTYPES[recipe.dtype])
+    return {"quantization_config": int8_config(recipe)} if recipe.weights == "int8" and not is_int8 else {}
 
 
 def _packed(model: PreTrainedModel, recipe: ModelRecipe, seed: int) -> PreTrainedModel:
@@ -142,7 +148,7 @@ def check_kind(config: PreTrainedConfig, recipe: ModelRecipe) -> None:
     if settings.get("is_encoder_decoder"):
         raise _not_causal(recipe, f"{kind}, an encoder with a decoder")
     quantization = settings.get("quantization_config")
-    if quantization:
+    if quantization and not (is_stored_in_int8(config) and recipe.weights != "nf4"):
         method = quantization.get("quant_method", "an unnamed method")
         raise RecipeError(
             f"{KEY}: the weights of {recipe.name_or_path} are stored quantised ({method}) and cannot be trained. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from peft import PeftModel
@@ -11,12 +12,14 @@ from lowmem.errors import LowMemError, RefusedError
 from lowmem.hf.builtin_model import tiny_llama_config
 from lowmem.hf.chunked_loss import use_chunked_loss
 from lowmem.hf.hub import hub_has_an_address
+from lowmem.hf.int8_config import Int8Config, int8_config, is_stored_in_int8
 from lowmem.hf.loading_errors import explain
 from lowmem.hf.lora import add_lora
-from lowmem.hf.model import DTYPES, check_kind, loading_arguments
+from lowmem.hf.model import DTYPES, check_kind
 from lowmem.hf.model_folder import BUILTIN_PREFIX, check_builtin, local_folder, read_config
 from lowmem.hf.model_setup import recompute_activations
 from lowmem.hf.nf4 import pack_without_values_
+from lowmem.hf.quantizer import quantize_loaded_
 from lowmem.hf.quiet import quiet_transformers
 from lowmem.recipe.schema import ModelRecipe, Recipe
 from lowmem.run.activation_offload import OffloadedInputs
@@ -60,6 +63,7 @@ def model_without_weights(
     checkpointing keeps.
     """
     notes = []
+    config, stored = _without_int8(config)
     attn = recipe.model.attn
     if attn == "flash_attention_2":
         attn = "sdpa"
@@ -69,8 +73,10 @@ def model_without_weights(
         base = AutoModelForCausalLM.from_config(
             config, dtype=DTYPES[recipe.model.dtype], attn_implementation=attn, **own_code
         ).eval()
-    if loading_arguments(recipe.model):
+    if recipe.model.weights == "nf4":
         pack_without_values_(base, DTYPES[recipe.model.dtype])
+    elif recipe.model.weights == "int8":
+        quantize_loaded_(base, stored or int8_config(recipe.model))
     model = base if recipe.lora is None else add_lora(base, recipe.lora, seed=recipe.train.seed)
     if recipe.train.activation_checkpointing:
         recompute_activations(model, offload)
@@ -80,3 +86,13 @@ def model_without_weights(
         except RefusedError as refusal:
             notes.append(f"the model's own loss instead of chunked: {refusal}")
     return model, notes
+
+
+def _without_int8(config: PreTrainedConfig) -> tuple[PreTrainedConfig, Int8Config | None]:
+    """The configuration of the same model in float, and how it is stored in int8, if it is."""
+    if not is_stored_in_int8(config):
+        return config, None
+    stored = config.quantization_config
+    config = copy.deepcopy(config)
+    del config.quantization_config
+    return config, Int8Config(**stored) if isinstance(stored, dict) else stored

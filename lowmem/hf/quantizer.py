@@ -23,6 +23,7 @@ from lowmem.hf.int8_files import check_headers, check_loaded, int8_shapes
 from lowmem.numerics.held_weights import held_weight, numel_of
 from lowmem.quant.convert import (
     Int8Places,
+    dequantize_model_,
     int8_places,
     int8_twin,
     quantize_model_,
@@ -57,11 +58,13 @@ class Int8Quantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         choice = self.quantization_config.choice()
-        if not self.pre_quantized:
-            # Layers stay what they are until their weight comes.
+        try:
             self._places = int8_places(model, choice, is_tied=_is_tied(model))
-            return
-        self._places = quantize_model_(model, choice, is_tied=_is_tied(model))
+        except ValueError as error:
+            raise RecipeError(f"int8 weights: {error}") from error
+        if not self.pre_quantized:
+            return  # layers stay what they are until their weight comes
+        quantize_places_(model, self._places, choice)
         self._shapes = int8_shapes(model)
         stored_as = SAFETENSORS_NAMES[choice.scale_dtype]
         check_headers(checkpoint_files or [], self._shapes, scale_dtype=stored_as)
@@ -86,6 +89,11 @@ class Int8Quantizer(HfQuantizer):
         else:
             # What the checkpoint lacked, which transformers reports and draws at random, and a tied embedding.
             quantize_places_(model, self._places, self.quantization_config.choice())
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """What `model.dequantize()` calls: float layers again, one at a time."""
+        dequantize_model_(model, dtype)
         return model
 
     def is_serializable(self) -> bool:
@@ -142,7 +150,7 @@ def quantize_loaded_(model: PreTrainedModel, config: Int8Config) -> None:
     try:
         quantize_model_(model, config.choice())
     except ValueError as error:
-        raise RecipeError(f"model.weights: int8: {error}") from error
+        raise RecipeError(f"int8 weights: {error}") from error
     quantizer = Int8Quantizer(config, pre_quantized=False)
     attributes = {"hf_quantizer": quantizer, "is_quantized": True, "quantization_method": METHOD}
     for name, value in attributes.items():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
@@ -28,7 +29,7 @@ from lowmem.hf.disk import optimizer_states_to_come, refuse_too_small_disk
 from lowmem.hf.environment import describe_environment
 from lowmem.hf.evaluation import HeldOut
 from lowmem.hf.interrupt import Interrupt
-from lowmem.hf.make_optimizer import make_optimizer, model_bytes, trainable_bytes
+from lowmem.hf.make_optimizer import float_bytes, make_optimizer, model_bytes, trainable_bytes
 from lowmem.hf.memory_snapshot import FILE as SNAPSHOT
 from lowmem.hf.memory_snapshot import SnapshotOfAStep
 from lowmem.hf.metering import StepWatch
@@ -164,7 +165,7 @@ def prepare_run(recipe: Recipe, interrupt: Interrupt) -> Run:
             folder.path,
             checkpoint_bytes=saved_bytes,
             checkpoints_to_come=to_come,
-            final_model_bytes=final_model_bytes(recipe, model_bytes(model), saved_bytes),
+            final_model_bytes=final_model_bytes(recipe, model, saved_bytes),
             optimizer_state_bytes=state_bytes,
             optimizer_states_to_come=optimizer_states_to_come(
                 recipe.save.optimizer_states,
@@ -241,10 +242,13 @@ def checkpoints_to_come(recipe: Recipe, folder: RunFolder) -> int:
     return recipe.save.keep + 1 - min(len(folder.checkpoints()), recipe.save.keep)
 
 
-def final_model_bytes(recipe: Recipe, whole_bytes: int, saved_bytes: int) -> int:
+def final_model_bytes(recipe: Recipe, model: nn.Module, saved_bytes: int) -> int:
+    """Of int8 weights that become float ones, both are on the disk for a while."""
     if not recipe.save.model:
         return 0
-    return whole_bytes if recipe.save.merge_lora else saved_bytes
+    if recipe.model.weights == "int8" and not recipe.save.int8:
+        return saved_bytes + float_bytes(model)
+    return model_bytes(model) if recipe.save.merge_lora else saved_bytes
 
 
 def indented(text: str) -> str:

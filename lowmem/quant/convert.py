@@ -109,6 +109,33 @@ def quantize_places_(model: nn.Module, places: Int8Places, choice: Int8Choice) -
         tie_head_(model, places.tied_head, model.get_submodule(places.embedding))
 
 
+@torch.no_grad()
+def dequantize_model_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace the int8 modules of `model` by float ones in `dtype`, by default that of each, one at a time."""
+    heads = {path: module for path, module in model.named_modules() if isinstance(module, Int8TiedLinear)}
+    weights: dict[nn.Parameter, nn.Parameter] = {}
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Int8Module):
+            weight = nn.Parameter(module.dequantized(dtype), requires_grad=module.weight.requires_grad)
+            weights[module.weight] = weight
+            replace_(model, path, _float_twin(module, weight))
+    for path, head in heads.items():
+        replace_(model, path, _float_twin(head, weights[head.weight]))
+
+
+def _float_twin(module: Int8Module | Int8TiedLinear, weight: nn.Parameter) -> nn.Module:
+    made: nn.Linear | nn.Embedding
+    with torch.device("meta"):
+        if isinstance(module, Int8Embedding):
+            made = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx)
+        else:
+            assert isinstance(module, Int8Linear | Int8TiedLinear)
+            made = nn.Linear(module.in_features, module.out_features, bias=False)
+            made.register_parameter("bias", module.bias)
+    made.weight = weight
+    return made.train(module.training)
+
+
 def int8_twin(module: nn.Module, choice: Int8Choice) -> Int8Module:
     """The int8 module for a linear layer or an embedding, with its values where it has any."""
     made: Int8Module

@@ -48,6 +48,11 @@ def given(root: Node, dotted: str) -> Node | None:
 
 def check_weights(root: Node, problems: Problems) -> None:
     weights, lora, merge = (given(root, key) for key in ("model.weights", "lora", "save.merge_lora"))
+    if weights is None or weights.value != "int8":
+        for dotted in ("model.int8", "save.int8"):
+            if (found := given(root, dotted)) and found.value is not False:
+                message = f"{dotted} needs model.weights: int8, and the weights are not."
+                problems.add(found.place, f"{message} Add model.weights: int8, or delete {dotted}.")
     if weights is None:
         return
     if weights.value == "nf4" and not lora:

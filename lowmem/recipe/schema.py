@@ -34,6 +34,13 @@ def key(
 
 
 @dataclass(frozen=True, kw_only=True)
+class Int8Recipe:
+    embeddings: bool = key(False, "the input embedding and the output head in int8, too")
+    group_size: int = key(256, "neighbours of a row that share a scale", at_least=16)
+    scales: Literal["fp32", "bf16"] = key("fp32", "what scales are stored in; 4 or 2 bytes a group")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelRecipe:
     name_or_path: str = key(
         doc="Hugging Face id, a local folder with config.json and safetensors, or builtin:tiny-llama"
@@ -42,7 +49,10 @@ class ModelRecipe:
     weights: Literal["bf16", "int8", "nf4"] = key(
         "bf16",
         "bf16: plain numbers of model.dtype, float32 among them; nf4: frozen 4-bit codes of the linear layers, for "
-        "lora:, through bitsandbytes; int8: trainable 8-bit codes, which train refuses in a recipe",
+        "lora:, through bitsandbytes; int8: 8-bit codes of the linear layers, trained in place",
+    )
+    int8: Int8Recipe | None = key(
+        None, "how, with weights: int8; a folder that is stored in int8 keeps the settings it has"
     )
     attn: Literal["sdpa", "eager", "flash_attention_2"] = key("sdpa", "attention implementation")
     revision: str | None = key(None, "branch, tag or commit of a Hugging Face id")
@@ -178,6 +188,10 @@ class SaveRecipe:
     probe_at_start: bool = key(True, "write and read a checkpoint on trial before the first step")
     model: bool = key(True, "write the final model (plain safetensors, or the LoRA adapters) to <dir>/model")
     merge_lora: bool = key(False, "write the merged model instead of the adapters")
+    int8: bool = key(
+        False,
+        "with model.weights: int8, write the final model in int8, which only lowmem loads, not in model.dtype",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -187,10 +187,3 @@ def test_without_bitsandbytes_the_command_that_installs_it_is_named_and_a_formul
     planned = plan(recipe, formula=True)
     assert planned.document["measured_by"] == "formula"
     assert planned.document["conditions"]["weights"] == "nf4"
-
-
-def test_int8_weights_are_refused_with_what_works(tmp_path: Path) -> None:
-    recipe = load_recipe("quickstart", ["model.weights=int8", f"save.dir={tmp_path}"])
-    for attempt in (train, plan):
-        with pytest.raises(RefusedError, match=r"Use model\.weights: bf16, or nf4 with lora"):
-            attempt(recipe)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lowmem.errors import RecipeError
 from lowmem.recipe.load import load_recipe
 from tests.recipe.written import SMALL, problems_of, with_lines, write
 
@@ -62,6 +63,17 @@ def test_int8_weights_go_without_adapters() -> None:
         "r.yaml:1: model.weights: int8 is for training every parameter, and lora: trains adapters alone. "
         "Use model.weights: nf4 or bf16."
     ]
+
+
+def test_settings_of_int8_weights_need_int8_weights() -> None:
+    float_weights = NF4.replace("nf4", "bf16")
+    for written, dotted in (("model.int8.embeddings", "model.int8"), ("save.int8", "save.int8")):
+        with pytest.raises(RecipeError) as raised:
+            load_recipe(write(float_weights), [f"{written}=true"])
+        (problem,) = raised.value.problems
+        assert f"{dotted} needs model.weights: int8, and the weights are not." in problem
+        assert load_recipe(write(float_weights.replace("bf16", "int8")), [f"{written}=true"])
+    assert load_recipe(write(float_weights), ["save.int8=false", "model.int8=null"])
 
 
 @pytest.mark.parametrize("line", ["", "  activation_checkpointing: false\n"])

@@ -96,6 +96,8 @@ def made_consistent(document: dict[str, Any]) -> dict[str, Any]:
     impossible = "int8" if document.get("lora") is not None else "nf4"
     if document["model"].get("weights") == impossible:
         del document["model"]["weights"]
+    if document["model"].get("weights") != "int8":
+        document["model"]["int8"], document["save"]["int8"] = None, False
     if document["train"].get("activation_offload"):
         document["train"]["activation_checkpointing"] = True
     for each in (document["data"]["train"], document["data"].get("eval")):

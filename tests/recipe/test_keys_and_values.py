@@ -167,7 +167,7 @@ def test_a_section_with_nothing_under_it_is_told_what_to_do() -> None:
     assert (
         problem
         == "r.yaml:7: save is empty. Delete the line, or give it keys: dir, every, keep, optimizer_states, "
-        "probe_at_start, model, merge_lora."
+        "probe_at_start, model, merge_lora, int8."
     )
 
 
