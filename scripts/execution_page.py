@@ -34,7 +34,7 @@ TEXT = """\
 Made by `make docs`; the table at the end comes from the code that chooses and refuses.
 
 ```yaml
-train: {execution: auto}                                   # auto | plain | project | fused
+train: {execution: auto, head_gradient: auto}              # auto | plain | project | fused; auto | whole
 optimizer: {clip: applied, refresh_from: boundary}         # what max_grad_norm limits; whose gradient a basis is fitted to
 ```
 
@@ -59,6 +59,17 @@ SGD-SaI but for its first step, which takes its ratios from a whole gradient and
 bfloat16 is rounded stochastically each time. Other optimizers, SGD without momentum or with Nesterov's form, momentum
 in low-bit codes and `clip: tensor` need the whole step's gradient: there `fused` adds gradients up as usual and uses
 and frees each in the last micro-batch, which is exact, but no leaner than `plain` before that.
+
+**Head and embedding.** They have the largest gradients of a model, vocabulary x width. With `train.head_gradient: auto`
+`fused` never holds one: the chunked loss keeps the hidden states and one number a token, the look-up its tokens and output
+gradients, and the rows of the gradient are made from these, used and dropped, some two million values at a time. A head
+tied to its embedding waits until backward reaches that, and its rows are the sums of both. The input gradient is made
+before any row changes, so rows are those of the whole gradient up to the order in which a matrix product adds. It applies
+where it is exact: one micro-batch a step, one process, no clipping; for the head `train.loss: chunked` and a plain or int8
+linear layer, for the embedding a plain or int8 one; an optimizer that can take rows, which all but a low-rank rule can. In
+every other case the gradient is whole, and the run says so. The price is time: a whole gradient takes four matrix products
+of vocabulary x width x tokens a step, rows five, and two more for each further pass over the gradient (Adafactor makes
+three passes: nine products). A gradient by rows is taken for finite where the loss and all it is made of are.
 
 **Data parallel training.** `plain` and `project` average gradients once a step, `project` the projected ones. `fused`
 averages each gradient that it adds to a momentum, so that all processes see the same: with M micro-batches a step that

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lowmem.hf.tiled_cross_entropy import Elementwise, autocast_here
+from lowmem.hf.logit_tiles import Elementwise
+from lowmem.hf.tiled_cross_entropy import autocast_here
 
 if TYPE_CHECKING:
     from lowmem.hf.deferring_heads import Deferring

@@ -21,6 +21,8 @@ class Deferring(nn.Module):
 
     plain: ClassVar[type[nn.Module]]
     """The class that it was before."""
+    gives_rows: ClassVar[bool] = True
+    """The chunked loss leaves the gradient of the weight with a `RowTaker` where there is one."""
     tile_bytes: int = TILE_BYTES
     defers_always: bool = False
     materialised_by: str | None = None

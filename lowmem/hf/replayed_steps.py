@@ -56,6 +56,7 @@ def replay(
         execution=recipe.train.execution if is_ours else "plain",
         clip=recipe.optimizer.clip,
         refresh_from=recipe.optimizer.refresh_from,
+        head_gradient=recipe.train.head_gradient,
     )
     meter.watch(trainer.create_optimizer())
     with watch.closed_at_the_end():

@@ -151,6 +151,7 @@ def prepare_run(recipe: Recipe, interrupt: Interrupt) -> Run:
         execution=recipe.train.execution,
         clip=recipe.optimizer.clip,
         refresh_from=recipe.optimizer.refresh_from,
+        head_gradient=recipe.train.head_gradient,
     )
     trainer.optimizer_states = recipe.save.optimizer_states
     optimizer = trainer.create_optimizer()

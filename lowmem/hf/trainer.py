@@ -19,6 +19,7 @@ from lowmem.hf.run_folder import RunFolder
 from lowmem.hf.schedule import learning_rate_factor
 from lowmem.hf.trainer_checkpoints import CheckpointedTrainer
 from lowmem.hf.trainer_mixin import LowMemTrainerMixin
+from lowmem.recipe.execution_choice import HeadGradient
 from lowmem.recipe.schema import SchedulerRecipe
 from lowmem.run.choose import Requested
 from lowmem.run.execution import Clip, RefreshFrom
@@ -58,11 +59,13 @@ class LowMemTrainer(LowMemTrainerMixin, CheckpointedTrainer):
         execution: Requested = "auto",
         clip: Clip = "applied",
         refresh_from: RefreshFrom = "boundary",
+        head_gradient: HeadGradient = "auto",
     ):
         super().__init__(
             execution=execution,
             clip=clip,
             refresh_from=refresh_from,
+            head_gradient=head_gradient,
             model=model,
             args=args,
             data_collator=collate,

@@ -15,14 +15,16 @@ from lowmem.errors import FaultError, RefusedError
 from lowmem.hf.trainer_override import from_a_trainer_with_the_mixin
 from lowmem.memory.wording import size
 from lowmem.optim.engine import LowMemOptimizer
+from lowmem.recipe.execution_choice import HeadGradient
 from lowmem.run.choose import (
     COMPILED_AS_A_WHOLE,
-    EXECUTIONS,
     SCALED,
     Requested,
     chosen_mode,
     consequences,
+    execution_class,
     gradient_bytes,
+    remark_on_rows,
     situation_of,
 )
 from lowmem.run.execution import (
@@ -59,11 +61,13 @@ class LowMemTrainerMixin:
         execution: Requested = "auto",
         clip: Clip = "applied",
         refresh_from: RefreshFrom = "boundary",
+        head_gradient: HeadGradient = "auto",
         **kwargs: Any,
     ):
         self.requested_execution: Requested = execution
         self.clip: Clip = clip
         self.refresh_from: RefreshFrom = refresh_from
+        self.head_gradient: HeadGradient = head_gradient
         self.execution: Execution | None = None
         self.norms = Norms(None, None)
         self.skipped_steps = 0
@@ -99,13 +103,15 @@ class LowMemTrainerMixin:
             keeps_gradients=what_keeps_gradients(self.accelerator, model),  # type: ignore[attr-defined]
         )
         mode = chosen_mode(self.requested_execution, at)
-        nbytes = gradient_bytes(optimizer, mode, at)
-        self.execution_summary = f"execution: {mode}, gradients take {size(nbytes)}: {consequences(mode, at)}"
-        log.info(self.execution_summary)
-        execution = EXECUTIONS[mode](
-            optimizer, clip=self.clip, max_norm=max_norm, refresh_from=self.refresh_from
-        )
+        make = execution_class(mode, self.head_gradient)
+        execution = make(optimizer, clip=self.clip, max_norm=max_norm, refresh_from=self.refresh_from)
         execution.attach(model)
+        nbytes = gradient_bytes(optimizer, mode, at)
+        self.execution_summary = (
+            f"execution: {mode}, gradients take {size(nbytes)}: {consequences(mode, at)}"
+            + remark_on_rows(optimizer, mode, at)
+        )
+        log.info(self.execution_summary)
         return execution
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -22,12 +22,27 @@ class Block:
         self._changes.append((self.index, -self.nbytes))
 
 
+class Rows:
+    """What a gradient by rows is made of: blocks that are held until it is used, and the bytes of making a few rows
+    and of the rows themselves."""
+
+    __slots__ = ("held", "making", "nbytes")
+
+    def __init__(self, held: list[Block | None], making: int, nbytes: int):
+        self.held, self.making, self.nbytes = held, making, nbytes
+
+    def add(self, other: Rows) -> None:
+        """The parts of another use of the weight: its rows are made beside these."""
+        self.held += other.held
+        self.making = max(self.making, self.nbytes + other.making)
+
+
 class Value:
     """A tensor: its elements, their size, the storage behind it (None for weights, which are counted
     elsewhere) and the node that takes its gradient (None where none is wanted). As a gradient it may be a view,
-    to which autograd never adds in place."""
+    to which autograd never adds in place, or by rows, without values of its own."""
 
-    __slots__ = ("block", "is_view", "itemsize", "node", "numel")
+    __slots__ = ("block", "is_view", "itemsize", "node", "numel", "rows")
 
     def __init__(
         self,
@@ -37,9 +52,11 @@ class Value:
         node: Node | None = None,
         *,
         is_view: bool = False,
+        rows: Rows | None = None,
     ):
         self.numel, self.itemsize, self.block, self.node = numel, itemsize, block, node
         self.is_view = is_view
+        self.rows = rows
 
     @property
     def nbytes(self) -> int:

@@ -44,6 +44,8 @@ class Work:
     on_cuda: bool = False
     """Whether CUDA's kernels run, whose attention accumulates in float32 copies that no operator shows."""
     adapters: Adapters | None = None
+    by_rows: frozenset[str] = frozenset()
+    """Of `embed_tokens` and `lm_head`, those whose gradients are made some rows at a time."""
 
 
 class Operators:

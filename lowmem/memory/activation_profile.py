@@ -10,13 +10,14 @@ import functools
 from dataclasses import dataclass
 
 from lowmem.memory.activation_formulas import Decoder
-from lowmem.memory.activation_graph import Leaf, Value
+from lowmem.memory.activation_graph import Leaf, Node, Value
 from lowmem.memory.activation_loss import chunked_loss, plain_loss
 from lowmem.memory.activation_operators import Work
 from lowmem.memory.activation_tape import Tape
 from lowmem.memory.architecture import Architecture
 from lowmem.memory.arrivals import Arrivals
 from lowmem.memory.ledger import PARTS, Part, Phase
+from lowmem.memory.row_gradient_formulas import embedding_rows_bytes
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class _Account:
 
 
 @functools.lru_cache(maxsize=1024)
-def _tape(shape: Architecture, work: Work) -> tuple[_Account, list[tuple[str, int]]]:
+def _tape(shape: Architecture, work: Work) -> tuple[_Account, list[tuple[str, int, int]]]:
     """One micro-batch with gradients given back as they arrive, and when each of them does."""
     tape = Tape(adds_in_place=work.on_cuda, offloads=work.offloading)
     _run(tape, shape, work)
@@ -52,18 +53,18 @@ def _tape(shape: Architecture, work: Work) -> tuple[_Account, list[tuple[str, in
     return account, tape.arrivals
 
 
-def _with_arrivals(taped: tuple[_Account, list[tuple[str, int]]], arrivals: Arrivals) -> _Account:
+def _with_arrivals(taped: tuple[_Account, list[tuple[str, int, int]]], arrivals: Arrivals) -> _Account:
     """The account with what becomes of each gradient."""
     account, arrived = taped
     changes: list[tuple[Part, int]] = []
     moved = []
     """(index in the old account, by how much what comes from there on moves)."""
     start = 0
-    for name, index in arrived:
+    for name, index, making in arrived:
         changes += account.changes[start:index]
         start = index + 1
         of_gradient = account.changes[index]
-        changes += arrivals.of(name).changes(-of_gradient[1])
+        changes += arrivals.of(name).changes(-of_gradient[1], making)
         moved.append((start, len(changes) - start))
     changes += account.changes[start:]
     return _Account(changes, [(name, _moved(at, moved)) for name, at in account.marks])
@@ -87,12 +88,15 @@ def _loss(tape: Tape, shape: Architecture, work: Work) -> Value:
     table = tape.weight("embed_tokens", shape.vocabulary * shape.hidden, work.itemsize, trained=trained)
     head = table if shape.is_tied else tape.weight("lm_head", table.numel, work.itemsize, trained=trained)
     hidden = _hidden(tape, shape, work, table)
-    return (chunked_loss if work.chunked_loss else plain_loss)(tape, shape, hidden, head)
+    if work.chunked_loss:
+        by_rows = ("embed_tokens" if shape.is_tied else "lm_head") in work.by_rows
+        return chunked_loss(tape, shape, hidden, head, by_rows=by_rows)
+    return plain_loss(tape, shape, hidden, head)
 
 
 def _hidden(tape: Tape, shape: Architecture, work: Work, table: Value) -> Value:
     """What the head sees. As in the model, the embeddings, the mask and the rotary tables live until here."""
-    embeddings = tape.apply(work.rows * work.tokens * shape.hidden, work.itemsize, table)
+    embeddings = _looked_up(tape, shape, work, table)
     if work.adapters is not None:
         # The first layer's input is made to want a gradient, for which the graph holds on to it.
         embeddings.node = Leaf()
@@ -106,6 +110,21 @@ def _hidden(tape: Tape, shape: Architecture, work: Work, table: Value) -> Value:
         x = tape.checkpointed(decoder.layer, x) if work.checkpointing else decoder.layer(x)
         tape.mark(f"layer {index}")
     return decoder.norm(x, shape.hidden)
+
+
+def _looked_up(tape: Tape, shape: Architecture, work: Work, table: Value) -> Value:
+    numel = work.rows * work.tokens * shape.hidden
+    if "embed_tokens" not in work.by_rows:
+        return tape.apply(numel, work.itemsize, table)
+    making = embedding_rows_bytes((shape.vocabulary, shape.hidden), work.itemsize)
+    out = tape.new(numel, work.itemsize)
+
+    def gradients(node: Node) -> list[Value | None]:
+        assert node.gradient is not None
+        return [tape.by_rows([node.gradient.block], making, making)]
+
+    tape.record(out, (table,), (), gradients)
+    return out
 
 
 def _on_tape(shape: Architecture, work: Work) -> int:

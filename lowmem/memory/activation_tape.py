@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from lowmem.memory.activation_graph import Block, Leaf, Node, Value
+from lowmem.memory.activation_graph import Block, Leaf, Node, Rows, Value
 from lowmem.memory.ledger import Part
 
 
@@ -41,8 +41,9 @@ class Tape:
         """What each block is, by its number."""
         self.marks: list[tuple[str, int]] = []
         """(name, length of `changes` when it was reached)."""
-        self.arrivals: list[tuple[str, int]] = []
-        """(name of a weight, the number of the change that gives its complete gradient back), in order."""
+        self.arrivals: list[tuple[str, int, int]] = []
+        """(name of a weight, the number of the change that gives its complete gradient back, bytes of making a few
+        rows of it where it is by rows), in order."""
         self._adds_in_place = adds_in_place
         self._offloads = offloads
         self._newest_input: _Input | None = None
@@ -61,6 +62,10 @@ class Tape:
         """Memory that lives as long as the caller holds on to it."""
         self.parts.append("temporary")
         return Block(self.changes, len(self.parts) - 1, 0 if self._is_stopped else nbytes)
+
+    def by_rows(self, held: list[Block | None], making: int, nbytes: int) -> Value:
+        """A gradient that is made some rows at a time from what is `held`."""
+        return Value(0, 1, self.scratch(0), rows=Rows(held, making, nbytes))
 
     def weight(self, name: str, numel: int, itemsize: int, *, trained: bool = True) -> Value:
         """A parameter, by the name under which its gradient arrives."""
@@ -232,6 +237,9 @@ class Tape:
                         continue
                     if to.gradient is None:
                         to.gradient = gradient
+                    elif gradient.rows is not None:
+                        assert to.gradient.rows is not None
+                        to.gradient.rows.add(gradient.rows)
                     elif not (self._adds_in_place and _holds_alone(to)):
                         to.gradient = self.new(gradient.numel, gradient.itemsize)
                     del gradient
@@ -245,8 +253,10 @@ class Tape:
         assert leaf.gradient is not None
         assert leaf.gradient.block is not None
         self.parts[leaf.gradient.block.index] = "gradients"
-        self.arrivals.append((leaf.weight, len(self.changes)))
+        rows, leaf.gradient.rows = leaf.gradient.rows, None
+        self.arrivals.append((leaf.weight, len(self.changes), rows.making if rows is not None else 0))
         leaf.gradient = None
+        del rows  # what the gradient was made of goes when it was used
 
 
 def _holds_alone(node: Node) -> bool:

@@ -16,7 +16,9 @@ class Arrival:
     state: int = 0
     """Optimizer state that is made for it."""
     beside: int = 0
-    """Temporaries beside it."""
+    """Temporaries beside it, or beside what it is made of where it is by rows."""
+    left: int = 0
+    """Of those, what is there while more rows are made."""
     stays: bool = False
     """Whether it is there until the step ends."""
     projected: int = 0
@@ -24,14 +26,15 @@ class Arrival:
     after: int = 0
     """Temporaries when it is gone."""
 
-    def changes(self, nbytes: int) -> list[tuple[Part, int]]:
-        """What memory takes and gives back from its arrival on; itself it is `nbytes`."""
+    def changes(self, nbytes: int, making: int) -> list[tuple[Part, int]]:
+        """What memory takes and gives back from its arrival on; itself it is `nbytes`, or some rows of it `making`."""
         gone = ("gradients", -nbytes)
+        beside = max(self.beside, self.left + making)
         found: list[tuple[Part, int]] = [
             *([gone] if self.adds else ()),
             ("optimizer_state", self.state),
-            ("temporary", self.beside),
-            ("temporary", -self.beside),
+            ("temporary", beside),
+            ("temporary", -beside),
             *(() if self.stays else [gone]),
             ("gradients", self.projected),
             ("temporary", self.after),

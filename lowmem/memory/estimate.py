@@ -137,6 +137,7 @@ def work_of(
         packed=recipe.data.packing,
         on_cuda=on_cuda,
         adapters=method.adapters,
+        by_rows=method.by_rows,
     )
     is_large = _input_bytes(work, architecture) >= SMALLEST_OFFLOADED_BYTES
     return replace(

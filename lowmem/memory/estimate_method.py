@@ -22,6 +22,7 @@ from lowmem.memory.architecture import Architecture, Parameter
 from lowmem.memory.arrivals import ADD, GO, STAY
 from lowmem.memory.execution_formulas import NOTHING_LEFT, End, Pass, Update, Way, end_of, passes_of
 from lowmem.memory.ledger import ALLOCATION_BYTES, rounded
+from lowmem.memory.row_gradient_formulas import row_update
 from lowmem.memory.state_formulas import (
     BITSANDBYTES_TABLES_BYTES,
     Treatment,
@@ -45,6 +46,9 @@ BASELINES = (
 
 ITEMSIZES = {"bfloat16": 2, "float32": 4}
 
+LARGEST = ("embed_tokens", "lm_head")
+"""Weights whose gradients may be made some rows at a time."""
+
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A weight in nf4: its code, an 8-bit scale for each 64, a float32 scale for each 256 of those."""
 
@@ -66,6 +70,8 @@ class Method:
     end: End = NOTHING_LEFT
     """Of the step, when all gradients are there or what is left of them."""
     adapters: Adapters | None = None
+    by_rows: frozenset[str] = frozenset()
+    """Weights whose gradients are made some rows at a time, by the names under which they arrive."""
 
 
 def recipe_method(recipe: Recipe, shape: Architecture, *, on_cuda: bool) -> Method:
@@ -78,11 +84,13 @@ def recipe_method(recipe: Recipe, shape: Architecture, *, on_cuda: bool) -> Meth
     treated = treatments(recipe.optimizer, trained)
     updates = _updates(treated, itemsize, clips=recipe.train.max_grad_norm is not None, on_cuda=on_cuda)
     way = _way(recipe, updates)
+    by_rows = _by_rows(recipe, shape, way)
     return replace(
         method,
+        by_rows=by_rows,
         state=sum(each.state for each in updates),
         mode=way.mode,
-        passes=passes_of(way, updates, most_due=_most_due(treated, updates)),
+        passes=passes_of(way, updates, by_rows=by_rows, most_due=_most_due(treated, updates)),
         end=end_of(way, updates),
     )
 
@@ -104,6 +112,16 @@ def _way(recipe: Recipe, updates: Sequence[Update]) -> Way:
     )
 
 
+def _by_rows(recipe: Recipe, shape: Architecture, way: Way) -> frozenset[str]:
+    """Those of which every use can make its part of the gradient by rows."""
+    is_exact = way.mode == "fused" and way.micro_batches == 1 and recipe.train.max_grad_norm is None
+    if not is_exact or recipe.train.head_gradient == "whole" or recipe.lora is not None:
+        return frozenset()
+    if recipe.train.loss == "chunked":
+        return frozenset({"embed_tokens", "lm_head"})
+    return frozenset() if shape.is_tied else frozenset({"embed_tokens"})
+
+
 def _updates(treated: Sequence[Treatment], itemsize: int, *, clips: bool, on_cuda: bool) -> list[Update]:
     alike: dict[object, Update] = {}
     updates = []
@@ -119,6 +137,7 @@ def _updates(treated: Sequence[Treatment], itemsize: int, *, clips: bool, on_cud
                 temporary=update_bytes(*arguments, on_cuda=on_cuda),
                 projected=projected(*arguments, on_cuda=on_cuda),
                 accumulated=None if clips else accumulated(*arguments),
+                by_rows=row_update(*arguments, on_cuda=on_cuda) if name in LARGEST else None,
             )
         updates.append(alike[key])
     return updates

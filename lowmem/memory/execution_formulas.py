@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from lowmem.memory.arrivals import ADD, STAY, Arrival, Arrivals
+from lowmem.memory.row_gradient_formulas import RowUpdate
 from lowmem.memory.step_formulas import Accumulated, Projected
 from lowmem.recipe.execution_choice import Mode
 
@@ -53,6 +54,8 @@ class Update:
     """None where its rule wants the whole gradient."""
     accumulated: Accumulated | None = None
     """None where micro-batches are not added to its state."""
+    by_rows: RowUpdate | None = None
+    """None where its gradient is whole."""
     made: int = 0
     """Of its state, what is made in its update."""
 
@@ -74,13 +77,20 @@ class Way:
     """Whether a norm is taken there of what the rules use."""
 
 
-def passes_of(way: Way, updates: Sequence[Update], *, most_due: int) -> tuple[Pass, ...]:
-    """All kinds of micro-batches. `most_due`: bytes that matrices due in one step keep beyond project's."""
+def passes_of(
+    way: Way, updates: Sequence[Update], *, most_due: int, by_rows: frozenset[str] = frozenset()
+) -> tuple[Pass, ...]:
+    """All kinds of micro-batches.
+
+    most_due: bytes that matrices due in one step keep beyond project's. by_rows: names of weights whose gradients
+    are made some rows at a time.
+    """
     state, whole = sum(each.state for each in updates), sum(each.gradient for each in updates)
     if way.mode == "project":
         return _project_passes(way, updates, state, most_due)
     if way.micro_batches == 1:
-        return (Pass(STAY if way.mode == "plain" else _named(updates, _used), 0, state),)
+        updates = [replace(each, by_rows=each.by_rows if each.name in by_rows else None) for each in updates]
+        return (Pass(STAY if way.mode == "plain" else _named(updates, _used_by_rows), 0, state),)
     if way.mode == "plain":
         passes = [Pass(STAY, 0, state), Pass(ADD, whole, state)]
     else:
@@ -136,7 +146,14 @@ def _first_with_refresh(
     return Pass(_named(updates, with_state), 0, 0)
 
 
+def _used_by_rows(each: Update) -> Arrival:
+    if each.by_rows is None:
+        return _used(each)
+    return Arrival(beside=each.by_rows.beside, left=each.by_rows.left)
+
+
 def _used(each: Update) -> Arrival:
+    """Of a gradient that is whole."""
     if each.projected is None:
         return Arrival(beside=each.temporary)
     projecting = max(each.projected.refresh, each.projected.project)

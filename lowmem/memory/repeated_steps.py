@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowmem.memory.ledger import Ledger, Life
 from lowmem.numerics.held_weights import drop_grad_, grad_of
+from lowmem.numerics.row_gradients import RowGradient, gradient_of
 from lowmem.optim.engine import LowMemOptimizer
 from lowmem.optim.without_values import count_micro_batch_, count_step_, know_as_, make_state_, step_key
 
@@ -54,6 +55,10 @@ class RepeatedSteps:
 
     def _step(self, param: Tensor, group: dict[str, Any]) -> None:
         optimizer = self._optimizer
+        if isinstance(gradient_of(param), RowGradient):  # a model has one or two
+            self._at(optimizer.place_of(param)[0])
+            self._step_param(param, group)
+            return
         if grad_of(param) is not None or param in optimizer.projected or param in optimizer.accumulated:
             self._at(self._optimizer.place_of(param)[0])
             if self._once("step", param, group, lambda: self._step_param(param, group)):

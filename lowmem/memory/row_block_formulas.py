@@ -51,7 +51,7 @@ def row_block_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: 
             passes, averaged, direction = loaded + 4, loaded * t + max(narrow * t, saving), 4
     written = (direction + narrow + (6 if narrow and settings["rounding"] == "stochastic" else 0)) * t
     return max(
-        max(passes * t, averaged, written) + _vectors(algorithm, settings, math.prod(batch), m, n),
+        max(passes * t, averaged, written) + vector_bytes(algorithm, settings, math.prod(batch), m, n),
         _weight_rms_bytes(settings, shape, itemsize),
     )
 
@@ -83,7 +83,8 @@ def _weight_rms_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
     return min(math.prod(shape), update_tiles.TILE_NUMEL) * each if settings.get("relative") else 0
 
 
-def _vectors(algorithm: str, settings: Settings, count: int, m: int, n: int) -> int:
+def vector_bytes(algorithm: str, settings: Settings, count: int, m: int, n: int) -> int:
+    """Of an update's rows and columns, from its first pass to its last."""
     if algorithm == "adafactor":
         return 4 * count * (m + n) + 4 * n
     return 4 * count * (2 * m + n) + 4 * (m + n) if settings["normalize"] == "sinkhorn" else 0

@@ -162,12 +162,12 @@ def _element_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: i
     is_stochastic = settings["rounding"] == "stochastic"
     n = min(math.prod(shape), update_tiles.TILE_NUMEL)
     refresh = (4 * n if itemsize < 4 else 0) + 4 * n if algorithm == "sgd_sai" else 0
-    if (itemsize == 4 or not is_stochastic) and all(each == itemsize for each in tensors):
+    kept = left_by_a_tile(algorithm, settings, shape, itemsize)
+    if kept is None:
         return refresh
     gradient = 4 if itemsize < 4 else 0
     direction = 4 * _DIRECTIONS[algorithm](settings)
     made = 4 * sum(each < 4 for each in tensors) + direction
-    kept = made + (gradient if algorithm == "sgd" and not settings["momentum"] else 0)
     weight = (4 + (6 if is_stochastic else 0)) * n if itemsize < 4 else 0
     saved = max((saving_bytes(each, settings, itemsize, n) for each in states), default=0)
     next_n = min(math.prod(shape) - n, update_tiles.TILE_NUMEL)
@@ -179,6 +179,16 @@ def _element_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: i
         kept * n + max(weight, saved),
         kept * n + (gradient + made) * next_n + reads * min(next_n, update_tiles.CODED_NUMEL),
     )
+
+
+def left_by_a_tile(algorithm: str, settings: Settings, shape: Shape, itemsize: int) -> int | None:
+    """Bytes a value that an element-wise update holds until the next one; None where torch's kernels do it all."""
+    tensors = _stored_itemsizes(algorithm, settings, shape, itemsize)
+    if (itemsize == 4 or settings["rounding"] != "stochastic") and all(each == itemsize for each in tensors):
+        return None
+    made = 4 * sum(each < 4 for each in tensors) + 4 * _DIRECTIONS[algorithm](settings)
+    gradient = 4 if itemsize < 4 else 0
+    return made + (gradient if algorithm == "sgd" and not settings["momentum"] else 0)
 
 
 _DIRECTIONS: dict[str, Callable[[Settings], int]] = {

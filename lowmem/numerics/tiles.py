@@ -6,6 +6,7 @@ a slice, use it, and drop it, so the temporary memory of a step does not grow wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -17,6 +18,9 @@ TILE_NUMEL = 1 << 21
 CODED_NUMEL = 1 << 19
 """Elements that are turned into codes of few bits at one time, which needs several times their memory."""
 
+SLICES_START_AT = 256
+"""Slices of a weight's state start at multiples of this, so that blocks of low-bit state are never cut in two."""
+
 
 def flat_slices(numel: int) -> Iterator[slice]:
     """Cut `numel` elements into slices of at most `TILE_NUMEL`."""
@@ -24,12 +28,21 @@ def flat_slices(numel: int) -> Iterator[slice]:
         yield slice(start, min(start + TILE_NUMEL, numel))
 
 
-def row_slices(shape: torch.Size | tuple[int, ...]) -> Iterator[slice]:
-    """Cut the rows of a (rows, columns) matrix so that a slice holds about `TILE_NUMEL` elements."""
+def row_slices(shape: torch.Size | tuple[int, ...], *, multiple_of: int = 1) -> Iterator[slice]:
+    """Cut the rows of a (rows, columns) matrix so that a slice holds about `TILE_NUMEL` elements.
+
+    Each slice but the last holds a multiple of `multiple_of` elements.
+    """
     rows, columns = shape
-    step = max(1, TILE_NUMEL // max(1, columns))
+    unit = multiple_of // math.gcd(multiple_of, columns)
+    step = max(unit, TILE_NUMEL // max(1, columns) // unit * unit)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
+
+
+def state_row_slices(shape: torch.Size | tuple[int, ...]) -> Iterator[slice]:
+    """Those of a matrix that has state of its own shape."""
+    return row_slices(shape, multiple_of=SLICES_START_AT)
 
 
 def matmul_fp32(
@@ -60,15 +73,25 @@ def matmul_transposed_fp32(
 
 
 def sum_and_squares(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the entries of `x` and of their squares, as float64 scalars on its device."""
-    flat = x.reshape(-1)
+    """The sum of the entries of `x` and of their squares, as float64 scalars on its device.
+
+    Of something else than a tensor, such as a gradient by rows, only `x.shape` and `x[rows]` are asked for.
+    """
     total = torch.zeros((), device=x.device, dtype=torch.float64)
     squares = torch.zeros((), device=x.device, dtype=torch.float64)
-    for part in flat_slices(flat.numel()):
-        piece = flat[part].double() if flat.dtype == torch.float64 else flat[part].float()
+    for part in _pieces(x):
+        piece = part.double() if part.dtype == torch.float64 else part.float()
         total += piece.sum(dtype=torch.float64)
         squares += piece.double().square_().sum() if piece.numel() < 4096 else _squares(piece)
     return total, squares
+
+
+def _pieces(x: Tensor) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        flat = x.reshape(-1)
+        yield from (flat[part] for part in flat_slices(flat.numel()))
+    else:
+        yield from (x[rows].reshape(-1) for rows in row_slices(x.shape))
 
 
 def _squares(piece: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lowmem.numerics.held_weights import drop_grad_, grad_of, held_weight, numel_of, shape_of
+from lowmem.numerics.row_gradients import gradient_of
 from lowmem.numerics.seeding import seeded_generator
 from lowmem.optim import registry
 from lowmem.optim.codecs import Codec
@@ -115,8 +116,9 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step_param(self, param: Tensor, group: dict[str, Any]) -> None:
-        """Update one parameter from what was made of its gradients, and from `.grad`; without any do nothing."""
-        projected, grad = self.projected.pop(param, None), grad_of(param)
+        """Update one parameter from what was made of its gradients, and from its gradient; without any do nothing."""
+        projected = self.projected.pop(param, None)
+        grad: Any = gradient_of(param)
         has_sum = bool(self.accumulated.pop(param, 0))
         if numel_of(param) == 0 or (grad is None and projected is None and not has_sum):
             return
@@ -204,7 +206,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         self, param: Tensor, group: dict[str, Any], rule: Rule, whole: LoadedState, ctx: Context
     ) -> None:
         if rule.needs_refresh(ctx) and self._refreshed.get(param) != ctx.step:
-            grad = grad_of(param)
+            grad: Any = gradient_of(param)
             assert grad is not None
             whole.save_(rule.refresh(grad, whole, ctx), self._rounding(param, group, ctx, "refresh"))
             self._refreshed[param] = ctx.step

@@ -180,6 +180,15 @@ class Rule:
         """Whether `refresh` is to be called before this step's `update`."""
         return False
 
+    @property
+    def takes_rows(self) -> bool:
+        """Whether `grad.shape`, `dtype`, `device` and `grad[rows]` are all that is asked of the gradient of a matrix.
+
+        It may then be a `numerics.row_gradients.RowGradient`, which makes rows anew each time they are asked for.
+        An element rule gets slices of rows like any others, so only its `refresh` has to care.
+        """
+        return self.scope == "element" and type(self).refresh is Rule.refresh
+
     def refresh(self, grad: Tensor, state: State, ctx: Context) -> dict[str, Tensor]:
         """Rare work on the whole gradient (a new basis, a statistic). Returns the slots that changed."""
         return {}

@@ -11,16 +11,18 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from lowmem.optim.rule import Rule
+from lowmem.numerics.row_gradients import RowGradient
+from lowmem.optim.rule import Rule, Slot
 from lowmem.optim.rules.adam import Adam
 from lowmem.optim.rules.momentum import Momentum
 from lowmem.optim.rules.snr_scaled import SnrScaledMomentum
+from lowmem.optim.writeback import matching_rows
 
 
 def step_with_torch_(
     rule: Rule,
     param: Tensor,
-    grad: Tensor,
+    grad: Tensor | RowGradient,
     state: Mapping[str, Tensor],
     *,
     step: int,
@@ -28,6 +30,20 @@ def step_with_torch_(
     weight_decay: float,
 ) -> bool:
     """Make the whole step in place and return True, or touch nothing and return False."""
+    if isinstance(grad, RowGradient):
+        slots = rule.slots(tuple(param.shape))
+        return type(rule) in _KERNELS and all(
+            step_with_torch_(
+                rule,
+                weight,
+                values,
+                _flat_part(state, slots, part),
+                step=step,
+                lr=lr,
+                weight_decay=weight_decay,
+            )
+            for part, weight, values in matching_rows(param, grad)
+        )
     kernel = _KERNELS.get(type(rule))
     slots = rule.slots(tuple(param.shape))
     if kernel is None or not _plain(
@@ -36,6 +52,13 @@ def step_with_torch_(
         return False
     kernel(rule, param, grad, state, step, lr, weight_decay)
     return True
+
+
+def _flat_part(state: Mapping[str, Tensor], slots: Mapping[str, Slot], part: slice) -> dict[str, Tensor]:
+    return {
+        name: state[name] if slot.role == "scalar" else state[name].view(-1)[part]
+        for name, slot in slots.items()
+    }
 
 
 def _plain(param: Tensor, *others: Tensor) -> bool:

@@ -14,11 +14,9 @@ from torch import Tensor
 
 from lowmem.numerics.held_weights import HeldWeight, held_weight
 from lowmem.numerics.rounding import bf16_stochastic
-from lowmem.numerics.tiles import matching_parts, row_slices
+from lowmem.numerics.row_gradients import RowGradient
+from lowmem.numerics.tiles import SLICES_START_AT, matching_parts, row_slices, state_row_slices
 from lowmem.optim.rule import Direction, Factors, RowBlocks
-
-SLICES_START_AT = 256
-"""Slices of a weight start at multiples of this, so that blocks of low-bit state are never cut in two."""
 
 
 def write_(
@@ -102,13 +100,18 @@ WritePart = Callable[..., None]
 """`write_` on a part of a weight: (direction of the part, lr=, weight_decay=, generator=)."""
 
 
-def parts_of(param: Tensor, grad: Tensor | None) -> Iterator[tuple[slice, Tensor, WritePart]]:
+def parts_of(param: Tensor, grad: Tensor | RowGradient | None) -> Iterator[tuple[slice, Tensor, WritePart]]:
     """(flat slice, the gradient's values in it, what writes a direction into it) of a weight, for element rules.
 
     Without a gradient the values are those of nothing.
     """
     held = held_weight(param)
+    if held is None and isinstance(grad, RowGradient):
+        for part, weight, values in matching_rows(param, grad):
+            yield part, values, partial(write_, weight)
+        return
     if held is None:
+        assert not isinstance(grad, RowGradient)
         for part, weight, values in matching_parts(param, param if grad is None else grad):
             yield part, param.new_empty(0) if grad is None else values, partial(write_, weight)
         return
@@ -117,6 +120,14 @@ def parts_of(param: Tensor, grad: Tensor | None) -> Iterator[tuple[slice, Tensor
         part = slice(rows.start * columns, rows.stop * columns)
         values = param.new_empty(0) if grad is None else grad[rows].reshape(-1)
         yield part, values, partial(_write_held_rows_, held=held, rows=rows, is_part=True)
+
+
+def matching_rows(param: Tensor, grad: RowGradient) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(flat slice, parameter, gradient) of an ordinary matrix, flat and some rows at a time."""
+    flat, columns = param.view(-1), param.shape[1]
+    for rows in state_row_slices(param.shape):
+        part = slice(rows.start * columns, rows.stop * columns)
+        yield part, flat[part], grad[rows].view(-1)
 
 
 def _write_held_rows_(

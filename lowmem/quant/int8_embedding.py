@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.numerics.int8_groups import dequantize_rows
+from lowmem.numerics.row_gradients import EmbeddingRows, RowTaker, open_taker
 from lowmem.quant.int8_linear import int8_linear
 from lowmem.quant.int8_weight import GROUP, Int8Module, Int8Weight
 
@@ -15,8 +16,11 @@ from lowmem.quant.int8_weight import GROUP, Int8Module, Int8Weight
 class Int8Embedding(Int8Module):
     """Rows of an int8 matrix by their number; only the rows looked up become float.
 
-    The gradient of the weight is dense, of the handle's dtype, and handled as `Int8Linear` does.
+    The gradient of the weight is of the handle's dtype. It is dense and handled as `Int8Linear` does, or made by rows
+    where whoever trains the handle takes it so.
     """
+
+    gives_rows = True
 
     def __init__(
         self,
@@ -91,24 +95,36 @@ class Int8TiedLinear(nn.Module):
 
 @torch.compiler.disable
 def _look_up(ids: Tensor, handle: nn.Parameter, padding_idx: int | None) -> Tensor:
-    looked_up: Tensor = _Int8LookUp.apply(ids, handle, handle.held_weight, padding_idx)  # type: ignore[attr-defined]
+    held: Int8Weight = handle.held_weight  # type: ignore[attr-defined]
+    looked_up: Tensor = _Int8LookUp.apply(ids, handle, held, padding_idx, open_taker(handle))
     return looked_up
 
 
 class _Int8LookUp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, handle: Tensor, held: Int8Weight, padding_idx: int | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        ids: Tensor,
+        handle: Tensor,
+        held: Int8Weight,
+        padding_idx: int | None,
+        taker: RowTaker | None,
+    ) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.held, ctx.padding_idx = held, -1 if padding_idx is None else padding_idx
+        ctx.held, ctx.padding_idx, ctx.taker = held, padding_idx, taker
         module, flat = held.module, ids.reshape(-1)
         rows = dequantize_rows(module.weight_codes[flat], module.weight_scales[flat], module.group_size)
         return rows.to(handle.dtype).view(*ids.shape, -1)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, None, None, None]:
         (ids,) = ctx.saved_tensors
         held: Int8Weight = ctx.held
-        held.add_grad_(
-            torch.ops.aten.embedding_dense_backward(dy, ids, held.shape[0], ctx.padding_idx, False)
-        )
-        return None, dy.new_zeros(0), None, None
+        if ctx.taker is not None:
+            ctx.taker.parts.append(EmbeddingRows(ids, dy, held.shape[0], ctx.padding_idx))
+        else:
+            padding_idx = -1 if ctx.padding_idx is None else ctx.padding_idx
+            held.add_grad_(
+                torch.ops.aten.embedding_dense_backward(dy, ids, held.shape[0], padding_idx, False)
+            )
+        return None, dy.new_zeros(0), None, None, None

@@ -9,6 +9,7 @@ from lowmem.errors import RefusedError
 
 Mode = Literal["plain", "project", "fused"]
 Requested = Literal["auto", "plain", "project", "fused"]
+HeadGradient = Literal["auto", "whole"]
 Clip = Literal["applied", "full", "tensor"]
 
 

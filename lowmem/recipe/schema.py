@@ -174,6 +174,11 @@ class TrainRecipe:
         "on CUDA, keep what activation checkpointing keeps in the host's pinned memory; the bits stay the same",
     )
     loss: Literal["chunked", "plain"] = key("chunked", "chunked never holds the whole logits")
+    head_gradient: Literal["auto", "whole"] = key(
+        "auto",
+        "auto: with execution fused, the gradients of output head and embedding are made and used some rows at a time "
+        "where that is exact, which takes a few more matrix products of the head; whole: never",
+    )
     seed: int = key(0, "seed of weights, data order and stochastic rounding", at_least=0)
 
 

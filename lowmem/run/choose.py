@@ -8,14 +8,25 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from lowmem.numerics.held_weights import grad_nbytes_of, shape_of
+from lowmem.numerics.held_weights import grad_nbytes_of, held_weight, shape_of
+from lowmem.numerics.row_gradients import is_by_rows
+from lowmem.numerics.tiles import SLICES_START_AT, state_row_slices
 from lowmem.optim.engine import LowMemOptimizer
 from lowmem.optim.micro_batches import accumulates
 from lowmem.optim.storage import accumulator_dtype
-from lowmem.recipe.execution_choice import Clip, Mode, Requested, Situation, chosen_mode, objection
+from lowmem.recipe.execution_choice import (
+    Clip,
+    HeadGradient,
+    Mode,
+    Requested,
+    Situation,
+    chosen_mode,
+    objection,
+)
 from lowmem.run.accumulate import ProjectInBackward
 from lowmem.run.execution import Execution
 from lowmem.run.fused_backward import FusedBackward
+from lowmem.run.fused_by_rows import FusedByRows
 
 __all__ = [
     "EXECUTIONS",
@@ -23,16 +34,23 @@ __all__ = [
     "Situation",
     "chosen_mode",
     "consequences",
+    "execution_class",
     "gradient_bytes",
     "objection",
+    "remark_on_rows",
     "situation_of",
 ]
 
 EXECUTIONS: dict[Mode, Callable[..., Execution]] = {
     "plain": Execution,
     "project": ProjectInBackward,
-    "fused": FusedBackward,
+    "fused": FusedByRows,
 }
+
+
+def execution_class(mode: Mode, head_gradient: HeadGradient) -> Callable[..., Execution]:
+    """What makes the steps of `mode`."""
+    return FusedBackward if mode == "fused" and head_gradient == "whole" else EXECUTIONS[mode]
 
 
 def situation_of(
@@ -63,11 +81,14 @@ SCALED = "a GradScaler can unscale only what is there at the step. Train in bflo
 
 
 def gradient_bytes(optimizer: LowMemOptimizer, mode: Mode, at: Situation) -> int:
-    """What gradients and their sums take at most, refreshes and the gradient under way aside."""
+    """What gradients and their sums take at most, refreshes and the gradient under way aside.
+
+    To be asked when the execution is attached to its model, which is when it is known what can be made by rows.
+    """
     held = largest = 0
     for param, group in _trained(optimizer):
         rule = optimizer.rule_of(param, group)
-        largest = max(largest, grad_nbytes_of(param))
+        largest = max(largest, _largest_piece(param, at) if mode == "fused" else grad_nbytes_of(param))
         adds_to_state = not at.clips and accumulates(optimizer, param, group)
         if mode == "project" and rule.is_projected:
             values = rule.projected_numel(shape_of(param))
@@ -75,6 +96,29 @@ def gradient_bytes(optimizer: LowMemOptimizer, mode: Mode, at: Situation) -> int
         elif mode != "fused" or not (at.micro_batches == 1 or adds_to_state):
             held += grad_nbytes_of(param)
     return max(held, largest) if mode == "fused" else held
+
+
+def remark_on_rows(optimizer: LowMemOptimizer, mode: Mode, at: Situation) -> str:
+    """Whose gradients are made some rows at a time, or whose is the largest that is not, to end a sentence with."""
+    if mode != "fused" or at.micro_batches > 1:
+        return ""
+    params = sorted((param for param, _ in _trained(optimizer)), key=grad_nbytes_of, reverse=True)
+    names = [optimizer.place_of(param)[0] for param in params if is_by_rows(param)]
+    by_rows = (
+        f"; made and used some rows at a time: the gradient of {' and of '.join(names)}" if names else ""
+    )
+    if not params or is_by_rows(params[0]):
+        return by_rows
+    return f"{by_rows}; the largest is that of {optimizer.place_of(params[0])[0]}, whole"
+
+
+def _largest_piece(param: Tensor, at: Situation) -> int:
+    """Bytes of the gradient, or of the rows that are there at one time."""
+    if at.micro_batches > 1 or not is_by_rows(param):
+        return grad_nbytes_of(param)
+    held, shape = held_weight(param), shape_of(param)
+    slices = state_row_slices(shape) if held is None else held.row_slices(multiple_of=SLICES_START_AT)
+    return next(slices).stop * shape[1] * param.dtype.itemsize
 
 
 def _trained(optimizer: LowMemOptimizer) -> list[tuple[Tensor, dict[str, Any]]]:

@@ -24,6 +24,7 @@ from lowmem.hf.tiled_cross_entropy import columns_per_tile as real_columns_per_t
 from lowmem.memory import (
     activation_loss,
     estimate_method,
+    row_gradient_formulas,
     state_formulas,
     step_formulas,
     update_tiles,
@@ -322,6 +323,47 @@ def test_every_execution_agrees_with_its_simulation(case):
     assert found.phase == phase
 
 
+LARGE_VOCABULARY = {**SMALL, "model_type": "llama", "num_hidden_layers": 2, "vocab_size": 32768}
+BY_ROWS = {
+    "sgd": (recipe("sgd", execution="fused", tokens=16), {}),
+    "adamw, tied": (recipe("adamw", execution="fused", tokens=16), {"tie_word_embeddings": True}),
+    "adamw by torch's kernels": (
+        recipe("adamw", execution="fused", tokens=16, model={"dtype": "float32"}),
+        {"tie_word_embeddings": True},
+    ),
+    "adafactor": (recipe("adafactor", execution="fused", tokens=16), {}),
+    "adafactor in float32, tied": (
+        recipe("adafactor", execution="fused", tokens=16, model={"dtype": "float32"}),
+        {"tie_word_embeddings": True},
+    ),
+    "sgd_sai, long": (recipe("sgd_sai", execution="fused", tokens=512, activation_checkpointing=True), {}),
+    "scaled logits": (recipe("sgd", execution="fused", tokens=16), {"model_type": "granite"}),
+    "whole logits": (recipe("adamw", execution="fused", tokens=16, loss="plain"), {}),
+    "whole gradients": (recipe("sgd", execution="fused", tokens=16, head_gradient="whole"), {}),
+}
+
+
+@pytest.mark.parametrize("case", BY_ROWS)
+def test_a_large_vocabulary_by_rows_agrees_with_its_simulation(case):
+    work, changes = BY_ROWS[case]
+    config = {**LARGE_VOCABULARY, **changes}
+    found = estimate(work, Architecture.from_config(config), on_cuda=False)
+    assert_agrees(found, simulated(config, work), of_the_rest=0.02)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_by_rows_no_gradient_of_the_heads_size_is_planned(tied):
+    config = {**LARGE_VOCABULARY, "tie_word_embeddings": tied}
+    whole, by_rows = (
+        simulated(config, recipe("sgd", execution="fused", tokens=16, head_gradient=how)).measured
+        for how in ("whole", "auto")
+    )
+    head = LARGE_VOCABULARY["vocab_size"] * LARGE_VOCABULARY["hidden_size"] * 2
+    assert whole.parts["gradients"] >= head
+    assert by_rows.parts["gradients"] < head / 2
+    assert by_rows.peak_bytes < whole.peak_bytes - head / 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("execution", ["plain", "project", "fused"])
@@ -481,6 +523,9 @@ def test_constants_are_those_of_the_code_they_describe():
         assert activation_loss.columns_per_tile(tokens) == real_columns_per_tile(tokens, TILE_BYTES)
     assert update_tiles.TILE_NUMEL == tiles.TILE_NUMEL
     assert update_tiles.CODED_NUMEL == tiles.CODED_NUMEL
+    assert row_gradient_formulas.SLICES_START_AT == tiles.SLICES_START_AT
+    for shape in ((32000, 4096), (152064, 3584), (40, 48), (300_000, 10)):
+        assert row_gradient_formulas.rows_in_a_block(shape) == next(tiles.state_row_slices(shape)).stop
     assert (state_formulas.INT8_BLOCK, state_formulas.INT4_GROUP) == (int8_blocks.BLOCK, int4_groups.GROUP)
     assert CUBLAS_BYTES == workspaces.CUBLAS_BYTES
     assert workspaces._COPIES[torch.ops.aten._linalg_svd.default] == step_formulas.SVD_COPIES

@@ -145,7 +145,7 @@ REFUSED = {
     "it must be a number >= 0 and <= 1.",
     "train: 3": "train is 3; it must be a section with keys: epochs, max_steps, per_device_batch_size, "
     "gradient_accumulation_steps, max_grad_norm, lr_scheduler, execution, activation_checkpointing, "
-    "activation_offload, loss, seed.",
+    "activation_offload, loss, head_gradient, seed.",
     "lora: {target: [a, 3]}": "lora.target is [a, 3]; it must be text or a list, as in [a, b]. "
     'Put it in quotes: "3".',
     "lora: {dropout: 0.95}": "lora.dropout is 0.95; it must be a number >= 0 and <= 0.9.",

@@ -326,7 +326,8 @@ def test_one_layers_gradient_at_a_time_is_alive(mode):
     elif mode == "project":
         assert held <= accumulators + others + matrix + 512 * 100
     else:
-        assert held <= matrix + 512 * 4
+        # The head of this model takes the embedding's weight by itself, and that part waits for the embedding's.
+        assert held <= matrix + model.embed.weight.nbytes + 512 * 4
 
 
 def test_gradient_bytes_are_those_of_the_tensors_that_are_held():

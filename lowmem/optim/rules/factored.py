@@ -64,6 +64,10 @@ class Factored(RelativeToSecondMoment):
     State: m + n values in float32, with beta1 one tensor of the parameter's shape besides.
     """
 
+    @property
+    def takes_rows(self) -> bool:
+        return True
+
     def slots(self, shape: Shape) -> dict[str, Slot]:
         factors = {
             ROWS: Slot(shape[:-1], "factor"),

@@ -37,6 +37,10 @@ class NormalizedGradient(Rule):
     scale: float = 1.0
     momentum: float = 0.0
 
+    @property
+    def takes_rows(self) -> bool:
+        return True
+
     def slots(self, shape: Shape) -> dict[str, Slot]:
         return {BUFFER: Slot(shape)} if self.momentum else {}
 

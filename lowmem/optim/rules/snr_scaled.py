@@ -39,6 +39,10 @@ class SnrScaledMomentum(Rule):
     def needs_refresh(self, ctx: Context) -> bool:
         return not ctx.knows("gsnr")
 
+    @property
+    def takes_rows(self) -> bool:
+        return True
+
     def refresh(self, grad: Tensor, state: State, ctx: Context) -> dict[str, Tensor]:
         if self._has_ratio(state, ctx):
             return {}
