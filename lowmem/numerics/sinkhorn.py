@@ -49,11 +49,11 @@ def sinkhorn_scalings(
     numbers in float32. Rows and columns of zeros stay zero.
     """
     m, n = shape
-    peaks = torch.empty(m, 1, device=device)
-    row_squares = torch.empty(m, device=device)
-    column_squares = torch.ones(n, device=device)
+    peaks = torch.empty(m, 1, device=device, dtype=torch.float32)
+    row_squares = torch.empty(m, device=device, dtype=torch.float32)
+    column_squares = torch.ones(n, device=device, dtype=torch.float32)
     for iteration in range(iterations):
-        sums = torch.zeros(n, device=device)
+        sums = torch.zeros(n, device=device, dtype=torch.float32)
         for rows in row_slices(shape):
             G = rows_of(rows)
             if iteration == 0:

@@ -20,7 +20,14 @@ from tests.run.test_execution import GALORE, Net, batches, execution_for, net, o
 WORLD = 2
 COMBINATIONS = [
     (mode, case, micro_batches, clip)
-    for case in (GALORE, ("adamw", {}), ("sgd_sai", {}), ("sgd", {"momentum": 0.9}))
+    for case in (
+        GALORE,
+        ("adamw", {}),
+        ("sgd_sai", {}),
+        ("sgd", {"momentum": 0.9}),
+        ("adafactor", {}),
+        ("sinkgd", {}),
+    )
     for mode in ("plain", "project", "fused")
     for micro_batches in (1, 3)
     for clip in (None, "applied", "tensor")

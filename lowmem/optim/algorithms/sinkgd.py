@@ -34,8 +34,9 @@ class SinkGD(LowMemOptimizer):
     a small batch wants a small learning rate. `scale` 0.2 is about the size of Adam's step, so that one
     learning rate serves matrices and fallback; the paper pre-trains with 0.05 and lr 0.02.
 
-    `normalize="row"` divides the rows by their root mean square and leaves it at that; with `momentum` on the
-    output head alone this is SCALE, which wants `scale` 1 and its own learning rates.
+    `normalize="row"` divides the rows by their root mean square and leaves it at that. With `scale` 1 and
+    `momentum` 0.9 in the group of the output head alone this is SCALE's step, but for embeddings, where
+    SCALE normalises columns.
 
     Source: Scetbon et al., "Gradient Multi-Normalization for Stateless and Scalable LLM Training",
     arXiv:2502.06742, algorithm SR-Sinkhorn; SCALE: "A Minimalist Optimizer Design for LLM Pretraining",

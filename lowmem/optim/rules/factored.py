@@ -83,7 +83,7 @@ class Factored(RelativeToSecondMoment):
         r = (R / R.mean(-1, keepdim=True)).rsqrt_().view(count, -1, 1)
         c = C.rsqrt().view(count, -1)
         if self.clip_threshold is not None:
-            squares = torch.zeros((), device=grad.device)
+            squares = torch.zeros((), device=grad.device, dtype=torch.float32)
             for index in range(count):
                 for rows in row_slices(shape[-2:]):
                     squares += torch.linalg.vector_norm(_scaled(grad, index, rows, r, c)).square_()
@@ -95,7 +95,7 @@ class Factored(RelativeToSecondMoment):
         """Bring the means of rows and columns up to date."""
         m, n = grad.shape[-2:]
         for index in range(len(R)):
-            sums = torch.zeros(n, device=grad.device)
+            sums = torch.zeros(n, device=grad.device, dtype=torch.float32)
             for rows in row_slices((m, n)):
                 squares = rows_of(grad, index)(rows).square()
                 R[index, rows].lerp_(squares.mean(1).add_(self.eps[0]), 1 - b)
