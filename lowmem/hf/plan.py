@@ -102,7 +102,9 @@ def _plan_by_simulation(recipe: Recipe, device: Card | None, full_rows: bool) ->
 
 def _plan_by_formula(recipe: Recipe, device: Card | None, full_rows: bool) -> MemoryPlan:
     if recipe.model.weights == "int8":
-        raise RefusedError("model.weights: int8 has no formula. Leave out --formula: its steps are simulated.")
+        raise RefusedError(
+            "model.weights: int8 has no formula. Leave out --formula: its steps are simulated."
+        )
     architecture = Architecture.from_config(config_file(recipe.model))
     masked = not full_rows
     found = estimate(recipe, architecture, masked=masked)
