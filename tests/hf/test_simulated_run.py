@@ -90,6 +90,34 @@ def test_simulated_parts_equal_the_measured_ones_to_the_byte(way, length, tmp_pa
     assert (found.peak_bytes, found.steady_peak_bytes) == (real.peak_bytes, real.steady_peak_bytes)
 
 
+INT8_WAYS = [
+    ("adamw", "plain", 1, "false", "bfloat16"),
+    ("sgd", "fused", 1, "true", "bfloat16"),
+    ("sinkgd", "fused", 1, "true", "float32"),
+    ("adafactor", "plain", 2, "false", "bfloat16"),
+    ("galore", "plain", 2, "true", "float32"),
+    ("galore", "project", 2, "false", "bfloat16"),
+    ("galore", "fused", 1, "false", "bfloat16"),
+]
+
+
+@pytest.mark.parametrize("length", [LONG, SHORT], ids=["long", "short"])
+@pytest.mark.parametrize("way", INT8_WAYS, ids=str)
+def test_int8_weights_are_simulated_to_the_byte(way, length, tmp_path):
+    name, execution, micro_batches, embeddings, dtype = way
+    recipe = recipe_of(
+        f"optimizer={{name: {name}, lr: 1.0e-3}}", f"model.dtype={dtype}", f"train.execution={execution}",
+        "model.weights=int8", f"model.int8.embeddings={embeddings}",
+        f"train.gradient_accumulation_steps={micro_batches}", *length,
+        *(["train.max_grad_norm=null"] if execution == "fused" else ["train.activation_checkpointing=true"]),
+    )  # fmt: skip
+    found = simulate_run(recipe, steps_of(recipe), on_cuda=False)
+    real = measured(recipe, steps_of(recipe), tmp_path)
+    assert found.measured.parts == real.parts
+    assert found.measured.peak_bytes == real.peak_bytes
+    assert found.parameters == 826_560
+
+
 VARIATIONS = {
     "accumulated, checkpointed, packed": [
         "train.gradient_accumulation_steps=3", "train.activation_checkpointing=true", "data.packing=true",
