@@ -8,6 +8,7 @@
                 exp_avg N with beta1
     sinkgd      nothing; momentum_buffer N with momentum; as adamw for what is no matrix
     galore      basis m r, exp_avg r n, exp_avg_sq r n; as adamw where r >= m and for what is no matrix
+    q_galore    as galore, and 3 + similarity_window in float32 while it is lazy
 
 and `step`, 4 bytes. A value takes the bytes of its role's storage format:
 
@@ -85,6 +86,14 @@ def _galore(settings: Settings, shape: Shape) -> State:
     return {"basis": basis, **_adamw(settings, (*batch, settings["rank"], long))}
 
 
+def _q_galore(settings: Settings, shape: Shape) -> State:
+    state = _galore(settings, shape)
+    if not (settings["lazy"] and is_low_rank(settings, shape)):
+        return state
+    window = StateTensor(settings["similarity_window"], "scalar")
+    return {**state, "refresh_schedule": StateTensor(3, "scalar"), "similarities": window}
+
+
 FORMULAS: dict[str, Callable[[Settings, Shape], State]] = {
     "adamw": _adamw,
     "sgd": _sgd,
@@ -92,10 +101,11 @@ FORMULAS: dict[str, Callable[[Settings, Shape], State]] = {
     "adafactor": _adafactor,
     "sinkgd": _sinkgd,
     "galore": _galore,
+    "q_galore": _q_galore,
 }
 """A new optimizer is one function here, and a name below if it treats matrices only."""
 
-TREATS_MATRICES = frozenset({"galore", "sinkgd"})
+TREATS_MATRICES = frozenset({"galore", "q_galore", "sinkgd"})
 """Optimizers that leave all but the targeted matrices to the fallback."""
 
 _FORMAT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 1}
@@ -118,7 +128,10 @@ def is_low_rank(settings: Settings, shape: Shape) -> bool:
 def with_defaults(algorithm: str, settings: Settings) -> dict[str, Any]:
     """The settings with those that were left out."""
     table = optimizer_table()[algorithm]["settings"]
-    return {**{name: entry["default"] for name, entry in table.items()}, **settings}
+    filled = {**{name: entry["default"] for name, entry in table.items()}, **settings}
+    if (storage := table.get("storage")) and storage["default"]:
+        filled["storage"] = {**storage["default"], **(filled["storage"] or {})}
+    return filled
 
 
 def state_values(algorithm: str, settings: Settings, shape: Shape) -> State:
@@ -161,6 +174,7 @@ def state_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: int,
     """Bytes of state of a parameter whose values take `itemsize` bytes, `step` included, each tensor rounded up."""
     if math.prod(shape) == 0:
         return 0
+    settings = with_defaults(algorithm, settings)
     tensors = state_values(algorithm, settings, shape).values()
     sizes = [size for each in tensors for size in stored_sizes(each, settings, itemsize)]
     return sum(rounded(size, round_to) for size in (*sizes, STEP_BYTES))

@@ -14,6 +14,8 @@ rounding. GaLore's matrix (m, n) with m <= n of rank r, tiles of t values, a wid
     inner Adam   basis 4 m r; R, both moments and the direction 4 r n each
     write back   basis 4 m r; moments and direction 4 r n each; a tile's weight, noise, rounded copy 10 t
     refresh      old basis 4 m r, start 4 m w, product and scaled product 4 w n each, qr's result 4 w n
+    compare      where it is lazy: both bases 4 m r each, and two float32 copies of a tile of the gradient, or
+                 a transposed basis 4 m r, R 4 r n and a copy of one
 
 Rules whose direction is made a block of rows at a time have a page of their own, `row_block_formulas`.
 """
@@ -60,7 +62,7 @@ def update_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: int
     return _element_bytes("adamw" if algorithm == "sinkgd" else algorithm, settings, shape, itemsize)
 
 
-_LOW_RANK = frozenset({"galore"})
+_LOW_RANK = frozenset({"galore", "q_galore"})
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,7 @@ def left_by_a_tile(algorithm: str, settings: Settings, shape: Shape, itemsize: i
 _DIRECTIONS: dict[str, Callable[[Settings], int]] = {
     "adamw": lambda settings: 1,
     "galore": lambda settings: 1,
+    "q_galore": lambda settings: 1,
     "sgd": lambda settings: int(settings["nesterov"]),
     "sgd_sai": lambda settings: 1,
 }
@@ -253,7 +256,19 @@ def _refresh_bytes(settings: Settings, shape: Shape, itemsize: int, on_cuda: boo
     tile = 4 * min(short * long, update_tiles.TILE_NUMEL) if itemsize < 4 else 0
     multiplied = start + max(start + product + tile, 2 * product)
     orthonormal = start + 2 * product + (QR_COPIES * product if on_cuda else 0)
-    return max(old + max(multiplied, orthonormal), saved)
+    compared = _comparison_bytes(settings, shape, itemsize)
+    return max(old + max(multiplied, orthonormal), saved, compared)
+
+
+def _comparison_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
+    """Of the similarity of the old basis and the new one, which a lazy schedule asks for."""
+    if not settings.get("lazy"):
+        return 0
+    short, long, rank = _sizes(settings, shape)
+    tile = 4 * min(short * long, update_tiles.TILE_NUMEL)
+    copy = tile if itemsize < 4 else 0
+    basis, low = 4 * short * rank, 4 * rank * long
+    return 2 * basis + max(copy + tile, basis + low + copy, low + min(low, 4 * update_tiles.TILE_NUMEL))
 
 
 def _sizes(settings: Settings, shape: Shape) -> tuple[int, int, int]:

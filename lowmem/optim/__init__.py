@@ -11,6 +11,7 @@ from __future__ import annotations
 from lowmem.optim.algorithms.adafactor import Adafactor
 from lowmem.optim.algorithms.adamw import AdamW
 from lowmem.optim.algorithms.galore import GaLore
+from lowmem.optim.algorithms.q_galore import QGaLore
 from lowmem.optim.algorithms.sgd import SGD
 from lowmem.optim.algorithms.sgd_sai import SGDSaI
 from lowmem.optim.algorithms.sinkgd import SinkGD
@@ -25,6 +26,7 @@ __all__ = [
     "AdamW",
     "GaLore",
     "LowMemOptimizer",
+    "QGaLore",
     "SGDSaI",
     "SinkGD",
     "build_optimizer",

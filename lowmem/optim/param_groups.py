@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -39,6 +39,8 @@ def filled_group(
     own = {name: setting.default for name, setting in settings.items()}
     filled = {**own, **{name: defaults[name] for name in shared}, "algorithm": owner.algorithm, **given}
     for name, setting in settings.items():
+        if setting.kind == "storage" and isinstance(filled[name], Mapping | None) and setting.default:
+            filled[name] = {**setting.default, **(filled[name] or {})}
         value = filled[name]
         if name == "lr" and isinstance(value, Tensor) and value.numel() == 1:
             value = value.item()

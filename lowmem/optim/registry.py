@@ -17,6 +17,7 @@ OPTIMIZERS = {
     "adafactor": "lowmem.optim.algorithms.adafactor:Adafactor",
     "sinkgd": "lowmem.optim.algorithms.sinkgd:SinkGD",
     "galore": "lowmem.optim.algorithms.galore:GaLore",
+    "q_galore": "lowmem.optim.algorithms.q_galore:QGaLore",
 }
 
 

@@ -30,6 +30,8 @@ VARIED = {
     "momentum": [0.0, 0.9],
     "beta1": [0.0, 0.9],
     "rank": [None, 1, 32, 200],
+    "lazy": [True, False],
+    "similarity_window": [1, 5],
     "storage": [
         None,
         {"moment": "bf16", "variance": "fp32"},

@@ -9,6 +9,8 @@ import torch
 
 from lowmem.optim.registry import OPTIMIZERS, optimizer_class
 
+FLOAT = {"moment": "param", "variance": "param", "basis": "param"}
+
 SETTINGS: dict[str, list[dict]] = {
     "adamw": [{"weight_decay": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-4}],
     "sgd": [
@@ -33,6 +35,10 @@ SETTINGS: dict[str, list[dict]] = {
         {"rank": 4, "refresh_every": 7, "projection": "subspace", "scale": 0.25},
         {"rank": 4, "refresh_every": 7, "projection": "subspace", "on_refresh": "reset"},
         {"rank": 4, "refresh_every": 7, "projection": "subspace", "on_refresh": "rotate"},
+    ],
+    "q_galore": [
+        # Random gradients make bases about as alike as chance does: some gaps grow and some do not.
+        {"rank": 4, "refresh_every": 2, "similarity_threshold": 0.05, "similarity_window": 2, "storage": FLOAT},
     ],
 }
 

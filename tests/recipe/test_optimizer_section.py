@@ -81,7 +81,7 @@ def test_a_fallback_is_checked_like_the_main_optimizer() -> None:
     text = "name: galore, lr: 1, fallback: {name: sgd, rank: 3, momentum: 2, target: [a], momentm: 1}"
     problems = problems_of(with_optimizer(text))
     assert len(problems) == 4
-    assert "optimizer.fallback.rank is a setting of galore, not of sgd." in problems[0]
+    assert "optimizer.fallback.rank is a setting of galore, q_galore, not of sgd." in problems[0]
     assert "optimizer.fallback.momentum is 2; it must be a number >= 0 and < 1." in problems[1]
     assert "optimizer.fallback.target is not a key." in problems[2]
     assert "Did you mean optimizer.fallback.momentum?" in problems[3]
