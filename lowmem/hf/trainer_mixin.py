@@ -144,7 +144,8 @@ class LowMemTrainerMixin:
         if self.execution is None:
             return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
         self.norms = self.execution.finish_backward()
-        norm = self.norms.applied
+        norms = self.norms
+        norm = norms.full if self.execution.clip == "full" or norms.applied is None else norms.applied
         if self.execution.not_finite or (norm is not None and not is_finite(norm)):
             self._leave_step_out(self.execution)
         else:

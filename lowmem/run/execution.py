@@ -167,7 +167,7 @@ class Execution:
                 reference = full if self.clip == "full" else norm
                 assert reference is not None, "a norm that cannot be known was asked for"
                 clip_to_(applied, reference, self.max_norm)
-        return Norms(norm, full)
+        return Norms(None if self._some_is_projected_later() else norm, full)
 
     # ---------------------------------------------------------------- what the ways differ in
 
@@ -219,6 +219,11 @@ class Execution:
         for param in self._groups:
             if grad_of(param) is not None and self.is_projected(param):
                 self.optimizer.project_grad_(param, self.group_of(param), dtype=torch.float32)
+
+    def _some_is_projected_later(self) -> bool:
+        """Whether rules project gradients in the step that are whole until then, so that nobody knows what they use."""
+        whole = (param for param in self._groups if grad_of(param) is not None)
+        return any(param not in self.optimizer.projected and self.is_projected(param) for param in whole)
 
     def _held(self) -> list[Tensor]:
         return [*self.optimizer.projected.values(), *self._whole_gradients()]

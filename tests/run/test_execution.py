@@ -241,30 +241,60 @@ def test_clipping_each_tensor_is_the_same_in_fused():
     assert furthest(fused, plain) < 1e-6
 
 
-@pytest.mark.parametrize("clip", ["applied", "full", "tensor"])
-@pytest.mark.parametrize("name", ["sgd", "galore"])
-def test_the_applied_update_is_within_the_limit(name, clip):
-    """SGD's step is lr times the clipped gradient, so what moved measures the clipping itself."""
-    settings = {"rank": 4} if name == "galore" else {}
-    model = net()
+def after_one_clipped_step(name, **settings):
+    """The model, its optimizer, what was taken from each parameter at learning rate 1, and the norms."""
+    clipping = {key: settings.pop(key) for key in ("clip", "max_norm")}
+    torch.manual_seed(0)
+    model = GivenGradients()
     before = [param.detach().clone() for param in model.parameters()]
-    optimizer = build_optimizer(
-        model,
-        name,
-        lr=1.0,
-        target=["mlp"],
-        fallback={"name": "sgd"} if name == "galore" else None,
-        **settings,
-    )
-    execution = execution_for("plain", optimizer, model, clip=clip, max_norm=0.01)
+    optimizer = build_optimizer(model, name, lr=1.0, target=["mlp"], **settings)
     seen = []
+    execution = execution_for("plain", optimizer, model, **clipping)
     train(model, optimizer, execution, batches(1, 1), on_norms=seen.append)
-    assert seen[0].applied > 0.02
-    moved = math.sqrt(
-        sum(((a - b) ** 2).sum().item() for a, b in zip(model.parameters(), before, strict=True))
-    )
-    if name == "sgd":
-        assert moved == pytest.approx(0.01, rel=1e-4) if clip != "tensor" else moved <= 0.01 * (1 + 1e-5)
+    return model, optimizer, [old - new for old, new in zip(before, model.parameters(), strict=True)], seen[0]
+
+
+def norm_of(tensors) -> float:
+    return math.sqrt(sum(tensor.double().square().sum().item() for tensor in tensors))
+
+
+@pytest.mark.parametrize("clip", ["applied", "full"])
+def test_the_applied_update_has_the_norm_that_was_asked_for(clip):
+    """SGD's step is lr times the clipped gradient, so what moved measures the clipping itself."""
+    _, _, moved, norms = after_one_clipped_step("sgd", clip=clip, max_norm=0.01)
+    assert norms.applied > 0.02
+    assert norm_of(moved) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_the_applied_update_of_each_tensor_has_the_root_mean_square_that_was_asked_for():
+    model = GivenGradients()
+    model(batches(1, 1)[0][0]).backward()
+    grads = [param.grad for param in model.parameters()]
+    limit = norm_of(grads)  # so that some tensors are above the mean square of all, and others below
+    bounds = [limit * math.sqrt(grad.numel() / sum(each.numel() for each in grads)) for grad in grads]
+    expected = [min(grad.norm().item(), most) for grad, most in zip(grads, bounds, strict=True)]
+    assert 0 < sum(norm == most for norm, most in zip(expected, bounds, strict=True)) < len(grads)
+    _, _, moved, _ = after_one_clipped_step("sgd", clip="tensor", max_norm=limit)
+    assert [one.norm().item() for one in moved] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("clip", ["applied", "full"])
+def test_what_galore_applies_is_clipped_by_the_norm_of_what_it_projects_or_of_the_whole(clip):
+    """Adam's first moment after one step is (1 - beta1) times the projected gradient that it was given."""
+    settings = {"rank": 4, "fallback": {"name": "sgd"}, "betas": [0.9, 0.999]}
+    model, optimizer, moved, norms = after_one_clipped_step("galore", clip=clip, max_norm=0.01, **settings)
+    projected = {
+        param: state["exp_avg"] / 0.1 for param, state in optimizer.state.items() if "exp_avg" in state
+    }
+    assert len(projected) == 2 * DEPTH
+    others = [one for one, param in zip(moved, model.parameters(), strict=True) if param not in projected]
+    applied = norm_of([*projected.values(), *others])
+    if clip == "applied":
+        assert norms.applied < 0.9 * norms.full
+        assert applied == pytest.approx(0.01, rel=1e-3)
+    else:
+        unclipped = after_one_clipped_step("galore", clip="applied", max_norm=1e9, **settings)[-1].applied
+        assert applied == pytest.approx(0.01 * unclipped.item() / norms.full.item(), rel=1e-3)
 
 
 def test_both_norms_are_given_and_an_unknown_one_is_none():
@@ -285,6 +315,7 @@ def test_both_norms_are_given_and_an_unknown_one_is_none():
     model(batches(1, 1)[0][0]).backward()
     by_torch = nn.utils.clip_grad_norm_(model.parameters(), math.inf)
     assert plain.full == pytest.approx(by_torch.item(), rel=1e-6)
+    assert plain.applied is None, "nothing has been projected yet"
     project = norms("project", 1)
     assert project.full == pytest.approx(by_torch.item(), rel=1e-6)
     assert project.applied < project.full
