@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import lowmem.hf.ending
 from lowmem.hf.flow import train
+from lowmem.hf.trainer import LowMemTrainer
 from tests.hf.tiny_runs import tiny_recipe, write_model
 
 STEPS = 7
@@ -77,8 +80,9 @@ def cut_back(run, step):
         ("model.dtype=bfloat16",),
         ("lora.r=2", "lora.dropout=0.3", "train.activation_checkpointing=true"),
         ("model.dtype=bfloat16", *LOW_BIT),
+        ("data.packing=true", "data.max_length=32", "train.per_device_batch_size=2"),
     ],
-    ids=["float32", "bfloat16", "lora_with_dropout", "state_in_few_bits"],
+    ids=["float32", "bfloat16", "lora_with_dropout", "state_in_few_bits", "packed_rows"],
 )
 def test_resumed_run_equals_uninterrupted_run_bit_by_bit(tmp_path, model_folder, settings):
     recipe = tiny_recipe(tmp_path, model_folder, *SETTINGS, *settings)
@@ -90,6 +94,27 @@ def test_resumed_run_equals_uninterrupted_run_bit_by_bit(tmp_path, model_folder,
         assert train(recipe) == 0
         assert_equal_checkpoints(run / f"checkpoint-{STEPS}", whole / f"checkpoint-{STEPS}")
         assert rows_without_times(run) == rows_without_times(whole), "no row is repeated, none is lost"
+
+
+def test_every_random_generator_goes_on_where_it_was(tmp_path, model_folder, monkeypatch):
+    real, drawn = LowMemTrainer.training_step, {}
+
+    def training_step(self, *args):
+        numbers = (random.random(), numpy.random.rand(), torch.rand(()).item())
+        drawn.setdefault(self.state.global_step, []).append(numbers)
+        return real(self, *args)
+
+    monkeypatch.setattr(LowMemTrainer, "training_step", training_step)
+    recipe = tiny_recipe(tmp_path, model_folder, *SETTINGS)
+    assert train(recipe) == 0
+    whole = dict(drawn)
+    cut_back(tmp_path / "run", 3)
+    drawn.clear()
+    for seed in (random.seed, numpy.random.seed, torch.manual_seed):
+        seed(99)
+    assert train(recipe) == 0
+    assert drawn == {step: numbers for step, numbers in whole.items() if step >= 3}
+    assert len({number for step in whole.values() for numbers in step for number in numbers}) == 6 * STEPS
 
 
 def test_a_run_continues_from_a_named_checkpoint_of_another_folder(tmp_path, model_folder):
