@@ -11,6 +11,7 @@ from typing import Any
 
 from lowmem.errors import FaultError, RecipeError
 from lowmem.hf.atomic_folder import disk_faults_explained, publish_folder
+from lowmem.hf.expected_tensors import refuse_unexpected_shapes
 from lowmem.hf.inference_model import ADAPTER_CONFIG, trained_weights
 from lowmem.hf.int8_config import METHOD
 from lowmem.hf.model_folder import CONFIG, INDEX, KEY, WEIGHTS, check_model_folder, read_config, weight_files
@@ -62,20 +63,27 @@ def export(target: str, *, dtype: str | None = None, out: str | None = None) -> 
         with disk_faults_explained("The exported model", source):
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
-            written = write_float_copy(source, unfinished, dtype=chosen)
+            written = write_float_copy(source, unfinished, dtype=chosen, check_shapes=True)
             publish_folder(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return Exported(source, folder, chosen, len(written), sum(tensor.nbytes for tensor in written.values()))
 
 
-def write_float_copy(source: Path, folder: Path, *, dtype: str) -> dict[str, Streamed]:
-    """Write the model in `source` to the empty `folder` with its float weights in `dtype`; gives what was written."""
+def write_float_copy(
+    source: Path, folder: Path, *, dtype: str, check_shapes: bool = False
+) -> dict[str, Streamed]:
+    """Write the model in `source` to the empty `folder` with its float weights in `dtype`; gives what was written.
+
+    check_shapes: hold them against config.json first, where files may not be as they were written.
+    """
     config = _checked(source)
     quantization = config.pop("quantization_config", None)
     group = None if quantization is None else quantization["group_size"]
     with StoredModel(weight_files(source)) as stored:
         tensors = stored.as_float(DTYPES[NAMES[dtype]], group=group)
+        if check_shapes:
+            refuse_unexpected_shapes(config, {name: tensor.shape for name, tensor in tensors.items()})
         _refuse_too_small_disk(folder, tensors)
         _write_shards(tensors, folder)
     for name in ("dtype", "torch_dtype"):

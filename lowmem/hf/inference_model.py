@@ -61,6 +61,7 @@ def trained_weights(folder: RunFolder) -> Path:
     if folder.model.is_dir():
         return folder.model
     newest = folder.newest_checkpoint()
+    _tell_what_is_passed_over(folder, newest)
     if newest is None:
         raise RecipeError(
             f"{folder.path} holds neither a final model nor a checkpoint. Train it to the end with save.model: true "
@@ -74,6 +75,16 @@ def trained_weights(folder: RunFolder) -> Path:
         ) from damage
     print(f"{folder.path} has no final model yet; using {newest.name}", file=sys.stderr)
     return newest
+
+
+def _tell_what_is_passed_over(folder: RunFolder, chosen: Path | None) -> None:
+    for newer in reversed(folder.checkpoints()):
+        if newer == chosen:
+            return
+        try:
+            verify(newer, checksums=False)
+        except DamagedError as damage:
+            print(f"{newer} is damaged and passed over: {damage}", file=sys.stderr)
 
 
 def _with_adapters(base: PreTrainedModel, adapters: Path) -> PeftModel:

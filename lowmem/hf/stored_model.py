@@ -50,8 +50,8 @@ class StoredModel:
         """Every tensor by name: float ones in `dtype`, int8 codes with their scales as the weight they stand for,
         others as they are. `group`: values that share a scale, None where nothing is int8.
 
-        Raises RecipeError for codes and scales that do not go together; while pieces are made, for a value that
-        is too large for `dtype`.
+        Raises RecipeError for codes and scales that do not go together; while pieces are made, for a scale that is
+        not finite and for a value that is too large for `dtype`.
         """
         found: dict[str, Streamed] = {}
         for name, stored in self._slices.items():
@@ -89,8 +89,12 @@ class StoredModel:
 
     def _dequantized(self, codes: str, scales: str, group: int, dtype: torch.dtype) -> Iterator[Tensor]:
         for rows in self._row_slices(codes):
-            wide = dequantize_rows(self._slices[codes][rows], self._slices[scales][rows], group)
-            yield _fitting(wide, dtype, codes)
+            of_rows = self._slices[scales][rows]
+            if not bool(of_rows.isfinite().all()):
+                raise RecipeError(
+                    f"{scales} holds values that are not finite: the file is damaged, or its run went wrong."
+                )
+            yield _fitting(dequantize_rows(self._slices[codes][rows], of_rows, group), dtype, codes)
 
     def _converted(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
         stored = self._slices[name]
