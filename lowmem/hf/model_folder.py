@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lowmem.errors import RecipeError
+from lowmem.run.checkpoint_manifest import DamagedError, checksum_of, read_manifest
 
 KEY = "model.name_or_path"
 BUILTIN_PREFIX = "builtin:"
@@ -50,10 +51,28 @@ def check_builtin(name: str) -> None:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raise RecipeError unless `folder` holds a readable config.json and whole safetensors weights."""
+    """Raise RecipeError unless `folder` holds a readable config.json and whole safetensors weights.
+
+    Weights of one of our checkpoints, which has a list of checksums, must have theirs.
+    """
     read_config(folder)
-    for file in weight_files(folder):
+    files = weight_files(folder)
+    for file in files:
         _check_safetensors(file)
+    _check_content(folder, files)
+
+
+def _check_content(folder: Path, files: list[Path]) -> None:
+    try:
+        written = read_manifest(folder).files
+    except DamagedError:
+        return  # no checkpoint of ours, and a file of that name is somebody else's
+    for file in files:
+        if file.name in written and checksum_of(file) != written[file.name].checksum:
+            raise RecipeError(
+                f"{KEY}: {file} is damaged: it has other content than was written (its checksum differs). Name "
+                "another checkpoint, or copy this one again."
+            )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -49,7 +49,11 @@ def checkpoint_of(recipe: Recipe, run: SimulatedRun) -> Checkpoint:
     Tensors are written one after the other, so the host holds a copy of one at a time.
     """
     weights = run.weights_bytes if recipe.lora is None else run.trained_bytes
-    model = 0 if not recipe.save.model else run.weights_bytes if recipe.save.merge_lora else weights
+    model = run.weights_bytes if recipe.save.merge_lora else weights
+    if recipe.model.weights == "int8" and not recipe.save.int8:
+        model = run.float_bytes
+    if not recipe.save.model:
+        model = 0
     return Checkpoint(weights + run.state_bytes, model, run.largest_tensor_bytes)
 
 

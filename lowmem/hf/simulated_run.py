@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, Trai
 from lowmem.hf.eval_mode import eval_mode
 from lowmem.hf.fake_tensor_shims import real_attention_path, undisturbed_process
 from lowmem.hf.held_out import held_out_loss
-from lowmem.hf.make_optimizer import make_optimizer, model_bytes, trainable_bytes
+from lowmem.hf.make_optimizer import float_bytes, make_optimizer, model_bytes, trainable_bytes
 from lowmem.hf.model_from_config import load_config, model_without_weights
 from lowmem.hf.recorded_batches import Batch, StepBatches
 from lowmem.hf.replayed_steps import replay, replay_arguments
@@ -45,6 +45,8 @@ class SimulatedRun:
     parameters: int
     trained_parameters: int
     weights_bytes: int
+    float_bytes: int
+    """Of the weights when those in int8 are written as float ones."""
     trained_bytes: int
     state_bytes: int
     largest_tensor_bytes: int
@@ -111,6 +113,7 @@ def simulate_run(
                 parameters=sum(numel_of(param) for param in params),
                 trained_parameters=sum(numel_of(param) for param in params if param.requires_grad),
                 weights_bytes=model_bytes(model),
+                float_bytes=float_bytes(model),
                 trained_bytes=trainable_bytes(model),
                 state_bytes=optimizer.state_bytes() if isinstance(optimizer, LowMemOptimizer) else 0,
                 largest_tensor_bytes=max(nbytes_of(param) for param in params),

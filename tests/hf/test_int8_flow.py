@@ -17,6 +17,7 @@ from lowmem.errors import RecipeError
 from lowmem.hf.flow import train
 from lowmem.hf.generation import Generator
 from lowmem.hf.model import load_model
+from lowmem.hf.simulated_plan import checkpoint_of, simulated_plan
 from lowmem.memory.ledger import rounded
 from lowmem.optim.registry import OPTIMIZERS, optimizer_class
 from lowmem.optim.settings import settings_of
@@ -172,6 +173,19 @@ def test_the_report_compares_with_adamw_on_float_weights_and_with_its_plan(tmp_p
     model = load_model(replace(recipe.model, weights="bf16"), seed=0)
     floats = [*model.parameters(), *model.buffers()]
     assert adamw["parts"]["weights"] == sum(rounded(tensor.nbytes) for tensor in floats)
+
+
+@pytest.mark.parametrize("keep", ["false", "true"])
+def test_the_plan_says_what_checkpoint_and_final_model_take_on_the_disk(tmp_path, model_folder, keep):
+    recipe = int8_recipe(tmp_path, model_folder, "model.dtype=bfloat16", f"save.int8={keep}", "save.every=6")
+    simulated = simulated_plan(recipe)
+    found = checkpoint_of(recipe, simulated)
+    assert train(recipe) == 0
+    written = [
+        sum(tensor.nbytes for tensor in load_file(tmp_path / "run" / name / "model.safetensors").values())
+        for name in ("checkpoint-6", "model")
+    ]
+    assert [found.disk_bytes - simulated.state_bytes, found.final_model_bytes] == written
 
 
 def test_the_recipe_without_files_of_its_own_works_too(tmp_path):
