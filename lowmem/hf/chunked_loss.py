@@ -115,7 +115,7 @@ def chunked_loss_agrees(model: nn.Module, batch: Mapping[str, Tensor]) -> str | 
     except RefusedError as refusal:
         return str(refusal)
     try:
-        with eval_mode(model), torch.enable_grad():
+        with eval_mode(model), torch.enable_grad(), _others_held_frozen(model, head):
             for extra in _loss_arguments(model):
                 reason = _disagreement(model, head, _corner(model, batch) | extra)
                 if reason is not None:
@@ -124,6 +124,24 @@ def chunked_loss_agrees(model: nn.Module, batch: Mapping[str, Tensor]) -> str | 
     finally:
         if not was_patched:
             use_plain_loss(model)
+
+
+@contextmanager
+def _others_held_frozen(model: nn.Module, head: Deferring) -> Iterator[None]:
+    """A tied head's gradient goes through all layers; those whose weights are no tensor of autograd would add theirs
+    to a sum that belongs to training."""
+    frozen = [
+        param
+        for param in model.parameters()
+        if param is not head.weight and param.requires_grad and held_weight(param) is not None
+    ]
+    for param in frozen:
+        param.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for param in frozen:
+            param.requires_grad_(True)
 
 
 def _corner(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from lowmem.hf.chunked_loss import chunked_loss_agrees, loss_only, use_chunked_l
 from lowmem.hf.deferred_logits import DeferredLogits
 from lowmem.numerics.held_weights import grad_of
 from lowmem.optim import build_optimizer
+from lowmem.quant.convert import Int8Choice, quantize_model_
 from lowmem.quant.int8_embedding import Int8Embedding, Int8TiedLinear
 from lowmem.quant.int8_linear import Int8Linear
 from lowmem.run.choose import EXECUTIONS
@@ -108,6 +109,17 @@ def test_the_probe_agrees_and_leaves_no_trace(kind) -> None:
     assert type(model.get_output_embeddings()) is plain
     assert not gradients_of(model)
     assert model.get_output_embeddings().weight.held_weight.trainer is None
+
+
+@pytest.mark.parametrize("embeddings", [False, True], ids=["float head", "int8 head"])
+@pytest.mark.parametrize("kind", ["llama", "llama_tied"])
+def test_the_probe_asks_nothing_of_int8_layers_below_the_head(kind, embeddings) -> None:
+    """A tied head's gradient goes through all of them, before any optimizer has their weights."""
+    model = tiny_model(kind)
+    quantize_model_(model, Int8Choice(group_size=16, embeddings=embeddings))
+    assert chunked_loss_agrees(model, tiny_batch()) is None
+    assert not gradients_of(model)
+    assert all(param.requires_grad for param in model.parameters())
 
 
 def test_the_probe_notices_a_wrong_weight_gradient(monkeypatch) -> None:
