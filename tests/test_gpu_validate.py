@@ -25,6 +25,7 @@ import gpu_validate  # noqa: E402
 from gpu_validation import child, children, configurations, document, planned_and_measured  # noqa: E402
 from gpu_validation.allocator_events import MIB, compare, random_events  # noqa: E402
 from gpu_validation.configurations import CONFIGURATIONS, Configuration  # noqa: E402
+from gpu_validation.loss_curves import loss_curves  # noqa: E402
 from gpu_validation.operators import operators, planned_bytes  # noqa: E402
 from gpu_validation.planned_and_measured import Run  # noqa: E402
 from gpu_validation.table import results_markdown  # noqa: E402
@@ -58,6 +59,31 @@ def test_in_a_rehearsal_every_optimizer_needs_exactly_what_was_planned(name):
     assert plan["peak_bytes"] == measured["peak_bytes"] > 0
     assert plan["parts"] == measured["parts"]
     assert measured["step_seconds"] > 0
+
+
+@pytest.mark.parametrize("name", ["7b-int8-8gb", "7b-int8-12gb"])
+def test_in_a_rehearsal_int8_weights_need_exactly_what_was_planned(name):
+    run = Run(configurations.configuration(name), small=True)
+    plan, measured = run.plan(on_cuda=False), run.measure(torch.device("cpu"), timed_steps=1)
+    assert plan["peak_bytes"] == measured["peak_bytes"] > 0
+    assert plan["parts"] == measured["parts"]
+
+
+def test_a_card_that_is_played_leaves_the_allocator_what_the_small_one_would(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", asked.append)
+    assert child.as_small_as(8, 80 * 2**30) == 8 * 2**30
+    assert asked == [pytest.approx((0.97 * 8 - 0.6) / 80, rel=1e-6)]
+    assert child.as_small_as(96, 80 * 2**30) == 80 * 2**30
+
+
+def test_every_optimizer_of_the_loss_curves_learns_the_same_batches():
+    rows = list(loss_curves(torch.device("cpu"), small=True))
+    assert len({row["losses"][0] for row in rows if "int8" not in row["method"]}) == 1, (
+        "the same first weights"
+    )
+    assert all(row["losses"][-1] < row["losses"][0] for row in rows)
+    assert [row["peak_bytes"] for row in rows] == [None] * len(rows), "counted on a GPU only"
 
 
 def test_processes_of_their_own_run_one_configuration_without_any_extra(tmp_path):
@@ -193,6 +219,9 @@ def test_the_tables_show_every_number_of_a_result(tmp_path, capsys):
         "kept_bytes": 0,
     }
     record.record("operators", {"status": "measured", "rows": [svd]})
+    curve = {"method": "a way", "lr": 2e-4, "losses": [5.0, 4.0], "last_losses_mean": 4.0}
+    curve |= {"peak_bytes": 3 * 2**30, "tokens_per_second": 1024.0}
+    record.record("loss_curves", {"status": "measured", "rows": [curve]})
 
     text = results_markdown(record.content)
     assert "a card with 16.00 GiB" in text
@@ -202,6 +231,7 @@ def test_the_tables_show_every_number_of_a_result(tmp_path, capsys):
     assert "| 7b-adamw | 10,240.00 | -2,048.00 | 10,752.00 | 512.00 | 614.40 |" in text
     assert "- 1b-lora: failed, measuring: out of memory" in text
     assert "| svd | 512 x 512 | 3.00 | 4.00 | 0.00 |" in text
+    assert "| a way | 0.0002 | 2 | 5.000 | 4.000 | 3.00 | 1,024.0 |" in text
     assert "| 0 | 500 | event 7 | 0.00 | 2.00 | 1,024.00 |" in text
     document.write_json(tmp_path / "found.json", record.content)
     assert gpu_validate.main(["--table", str(tmp_path / "found.json")]) == 0

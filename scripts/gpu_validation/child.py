@@ -15,9 +15,18 @@ import torch
 
 from gpu_validation.allocator_events import MIB, CudaTensors, compare_all
 from gpu_validation.configurations import configuration
-from gpu_validation.document import ALLOCATORS, CONDITIONS, FAILED, MEASURED, NOT_RUN, OPERATORS, write_json
+from gpu_validation.document import (
+    ALLOCATORS,
+    CONDITIONS,
+    FAILED,
+    LOSS_CURVES,
+    MEASURED,
+    NOT_RUN,
+    OPERATORS,
+    write_json,
+)
 from gpu_validation.driver import bytes_in_use, conditions, free_bytes, settled
-from lowmem.memory.cards import fits
+from lowmem.memory.cards import CONTEXT_BYTES, USABLE, fits
 from lowmem.memory.wording import size
 
 LARGEST_EVENTS_BYTES = 8 * 2**10 * MIB
@@ -53,6 +62,8 @@ def run_task(task: str, device: str, findings: Findings, lock: Path, limit_secon
                 findings.say(**conditions(), idle_bytes=idle, status=MEASURED)
         elif task == OPERATORS:
             _operators(device, findings, stages)
+        elif task == LOSS_CURVES:
+            _loss_curves(device, findings, stages)
         elif task in ALLOCATORS:
             _allocator(device, findings, stages, expandable=task == ALLOCATORS[1])
         else:
@@ -91,9 +102,9 @@ class Stages:
 def _configuration(task: str, device: str, findings: Findings, stages: Stages) -> None:
     from gpu_validation.planned_and_measured import TIMED_STEPS, Run
 
-    on_cuda = device == "cuda"
+    on_cuda, chosen = device == "cuda", configuration(task)
     with stages.stage("planning"):
-        run = Run(configuration(task), small=not on_cuda)
+        run = Run(chosen, small=not on_cuda)
         try:
             findings.say(plan=run.plan(on_cuda=on_cuda))
         except Exception as error:
@@ -102,6 +113,8 @@ def _configuration(task: str, device: str, findings: Findings, stages: Stages) -
         reserved = findings.content.get("plan", {}).get("reserved_bytes")
         if on_cuda and reserved is not None:
             card_bytes = torch.cuda.get_device_properties(0).total_memory
+            if chosen.card_gib is not None:
+                card_bytes = as_small_as(chosen.card_gib, card_bytes)
             if not fits(reserved, card_bytes):
                 findings.say(**does_not_fit(reserved, card_bytes))
                 return
@@ -109,6 +122,13 @@ def _configuration(task: str, device: str, findings: Findings, stages: Stages) -
         findings.say(measured=run.measure(torch.device(device), timed_steps=steps))
     if "plan" in findings.content:
         findings.say(status=MEASURED)
+
+
+def as_small_as(card_gib: int, card_bytes: int) -> int:
+    """Let the allocator have no more than on a card of `card_gib`; the bytes of the smaller card."""
+    smaller = min(card_bytes, card_gib * 2**30)
+    torch.cuda.set_per_process_memory_fraction((USABLE * smaller - CONTEXT_BYTES) / card_bytes)
+    return smaller
 
 
 def does_not_fit(reserved_bytes: int, card_bytes: int) -> dict[str, str]:
@@ -122,6 +142,13 @@ def _operators(device: str, findings: Findings, stages: Stages) -> None:
     on_cuda = device == "cuda"
     with stages.on_the_card("measuring operators"):
         _collect(measure_operators(on_cuda=on_cuda, small=not on_cuda), findings)
+
+
+def _loss_curves(device: str, findings: Findings, stages: Stages) -> None:
+    from gpu_validation.loss_curves import loss_curves
+
+    with stages.on_the_card("training on text"):
+        _collect(loss_curves(torch.device(device), small=device != "cuda"), findings)
 
 
 def _allocator(device: str, findings: Findings, stages: Stages, *, expandable: bool) -> None:

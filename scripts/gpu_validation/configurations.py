@@ -68,7 +68,8 @@ class Configuration:
 
     `rows`: padded (one token of each row is padding, so attention has a mask), packed (two documents a row) or
     full (no mask). `torch_adamw` puts one of torch's AdamW (lowmem/hf/adamw_variants.py) in the optimizer's
-    place. `layers` keeps the first ones only. `also` are more overrides of the recipe, `key=value`.
+    place. `layers` keeps the first ones only. `card_gib`: the allocator gets what a card of this size
+    leaves it. `also` are more overrides of the recipe, `key=value`.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Configuration:
     loss: Literal["chunked", "plain"] = "chunked"
     torch_adamw: str | None = None
     layers: int | None = None
+    card_gib: int | None = None
     also: tuple[str, ...] = ()
 
     def recipe(self, *, small: bool) -> Recipe:
@@ -120,12 +122,23 @@ class Configuration:
 
 
 OFFLOAD = "train.activation_offload=true"
+INT8 = "model.weights=int8"
+ALL_INT8 = (INT8, "model.int8={embeddings: true}")
+FUSED = "train.max_grad_norm=null"
+"""Without a norm to clip by, `auto` uses each gradient inside backward."""
+FACTORED = "fallback: {name: adafactor}"
+Q_GALORE = f"name: q_galore, {FACTORED}"
+SINKGD = f"name: sinkgd, {FACTORED}"
 
 # fmt: off
 CONFIGURATIONS = (
     Configuration("1b-galore", "LLaMA-3.2-1B", "name: galore", rank=256),
     Configuration("1b-adamw-fused", "LLaMA-3.2-1B", torch_adamw="adamw_fused", rows="full"),
     Configuration("7b-galore", "LLaMA-2-7B", "name: galore", rank=1024, rows="full"),
+    Configuration("7b-int8-8gb", "LLaMA-2-7B", SINKGD, tokens=512, card_gib=8, also=(*ALL_INT8, FUSED)),
+    Configuration("7b-int8-10gb", "LLaMA-2-7B", SINKGD, tokens=512, card_gib=10, also=(INT8, FUSED)),
+    Configuration("7b-int8-12gb", "LLaMA-2-7B", Q_GALORE, rank=256, card_gib=12, also=(INT8, FUSED)),
+    Configuration("7b-galore-r256", "LLaMA-2-7B", "name: galore", rank=256, also=(FUSED,)),
     Configuration("1b-galore-plain-loss", "LLaMA-3.2-1B", "name: galore", rank=128, tokens=512, batch=4, loss="plain"),
     Configuration("1b-adamw-in-backward", "LLaMA-3.2-1B", torch_adamw="adamw_fused_backward", tokens=2048),
     Configuration("1b-sgd-long-rows", "LLaMA-3.2-1B", "name: sgd", tokens=4096, rows="packed"),

@@ -16,13 +16,16 @@ NOT_ASKED_FOR, NOT_REACHED = "not asked for", "not reached yet"
 CONDITIONS = "conditions"
 CONFIGURED = "configurations"
 OPERATORS = "operators"
+LOSS_CURVES = "loss_curves"
 ALLOCATORS = ("allocator", "allocator-expandable")
+LISTS = (OPERATORS, *ALLOCATORS, LOSS_CURVES)
+"""Tasks whose findings are rows."""
 
 
 def task_names() -> list[str]:
     """All that is run, in its order: what says most about the plan comes first."""
     names = [each.name for each in CONFIGURATIONS]
-    return [CONDITIONS, *names[:3], ALLOCATORS[0], OPERATORS, *names[3:], ALLOCATORS[1]]
+    return [CONDITIONS, *names[:3], ALLOCATORS[0], OPERATORS, *names[3:], ALLOCATORS[1], LOSS_CURVES]
 
 
 class Document:
@@ -38,7 +41,7 @@ class Document:
                 {"name": each.name, **_not_run(each.name, asked_for), "settings": settings(each)}
                 for each in CONFIGURATIONS
             ],
-            **{name: {**_not_run(name, asked_for), "rows": []} for name in (OPERATORS, *ALLOCATORS)},
+            **{name: {**_not_run(name, asked_for), "rows": []} for name in LISTS},
         }
         self.write()
 
@@ -46,7 +49,7 @@ class Document:
         """Put what a task has reported into its place. `found` has `status`, and `reason` unless it went well."""
         if task == CONDITIONS:
             self.content[CONDITIONS] = found
-        elif task in (OPERATORS, *ALLOCATORS):
+        elif task in LISTS:
             self.content[task] = {"rows": [], **found}
         else:
             entry = next(each for each in self.content[CONFIGURED] if each["name"] == task)
@@ -83,6 +86,7 @@ def settings(chosen: Configuration) -> dict[str, Any]:
         "rows": chosen.rows,
         "checkpointing": chosen.checkpointing,
         "loss": chosen.loss,
+        "card_gib": chosen.card_gib,
         "also": list(chosen.also),
     }
 

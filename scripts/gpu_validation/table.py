@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpu_validation.document import ALLOCATORS, CONDITIONS, CONFIGURED, MEASURED, OPERATORS
+from gpu_validation.document import ALLOCATORS, CONDITIONS, CONFIGURED, LOSS_CURVES, MEASURED, OPERATORS
 from lowmem.memory.blocks import Block, Bullets, Heading, Paragraph, Table
 from lowmem.memory.cards import CONTEXT_BYTES
 from lowmem.memory.ledger import PARTS
@@ -21,6 +21,7 @@ def results_markdown(content: dict[str, Any]) -> str:
     blocks += _operators(content[OPERATORS])
     for name in ALLOCATORS:
         blocks += _allocator(name, content[name])
+    blocks += _loss_curves(content[LOSS_CURVES])
     return markdown(blocks)
 
 
@@ -107,6 +108,8 @@ def described(settings: dict[str, Any]) -> str:
         words.append("no checkpointing")
     if settings["loss"] != "chunked":
         words.append(f"{settings['loss']} loss")
+    if settings.get("card_gib"):
+        words.append(f"as on {settings['card_gib']} GiB")
     return ", ".join([*words, *settings["also"]])
 
 
@@ -184,6 +187,23 @@ def _allocator(name: str, found: dict[str, Any]) -> list[Block]:
     ]
     title = "expandable segments" if name == ALLOCATORS[1] else "default settings"
     blocks: list[Block] = [Heading(f"The allocator's model with {title}, {MIB[0]}")]
+    return [*blocks, *([Table(head, rows)] if rows else []), *_without_result(found)]
+
+
+def _loss_curves(found: dict[str, Any]) -> list[Block]:
+    rows = [
+        [
+            row["method"],
+            f"{row['lr']:g}",
+            str(len(row["losses"])),
+            *(f"{loss:.3f}" for loss in (row["losses"][0], row["last_losses_mean"])),
+            in_unit(row["peak_bytes"], GIB),
+            _or_dash(row["tokens_per_second"]),
+        ]
+        for row in found["rows"]
+    ]
+    head = ["method", "lr", "steps", "first loss", "mean of the last tenth", "peak GiB", "tokens a s"]
+    blocks: list[Block] = [Heading("Loss on text")]
     return [*blocks, *([Table(head, rows)] if rows else []), *_without_result(found)]
 
 

@@ -1,0 +1,46 @@
+"""What is compared: optimizers with their settings, and the learning rates to begin the search with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ADAMW_GRID = (1e-3, 2e-3, 4e-3, 8e-3)
+RANK = 32  # half of the width of 64
+
+
+@dataclass(frozen=True)
+class Method:
+    """`settings` are overrides of the recipe; the grid grows by itself while its best value lies at an edge."""
+
+    name: str
+    grid: tuple[float, ...]
+    settings: tuple[str, ...]
+
+
+def of(optimizer: str, grid: tuple[float, ...], *settings: str, name: str | None = None) -> Method:
+    return Method(name or optimizer, grid, (f"optimizer.name={optimizer}", *settings))
+
+
+LOW_RANK = (f"optimizer.rank={RANK}", "optimizer.refresh_every=20", "optimizer.on_refresh=rotate")
+INT8 = "model.weights=int8"
+METHODS = (
+    of("adamw", ADAMW_GRID),
+    of("galore", ADAMW_GRID, *LOW_RANK),
+    of("q_galore", ADAMW_GRID, *LOW_RANK, INT8, name="q_galore int8"),
+    of(
+        "q_galore",
+        ADAMW_GRID,
+        *LOW_RANK,
+        INT8,
+        "optimizer.rounding=nearest",
+        name="q_galore int8, to nearest",
+    ),
+    of("sinkgd", ADAMW_GRID, "optimizer.fallback={name: adamw}"),
+    of("sinkgd", ADAMW_GRID, "optimizer.fallback={name: adamw}", INT8, name="sinkgd int8"),
+    of("adafactor", ADAMW_GRID),
+    of("adafactor", ADAMW_GRID, INT8, name="adafactor int8"),
+)
+
+
+def method(name: str) -> Method:
+    return next(each for each in METHODS if each.name == name)
