@@ -38,7 +38,13 @@ SETTINGS: dict[str, list[dict]] = {
     ],
     "q_galore": [
         # Random gradients make bases about as alike as chance does: some gaps grow and some do not.
-        {"rank": 4, "refresh_every": 2, "similarity_threshold": 0.05, "similarity_window": 2, "storage": FLOAT},
+        {
+            "rank": 4,
+            "refresh_every": 2,
+            "similarity_threshold": 0.05,
+            "similarity_window": 2,
+            "storage": FLOAT,
+        },
     ],
 }
 

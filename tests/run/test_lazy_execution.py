@@ -26,9 +26,7 @@ LOW_BIT = ("q_galore", {**SETTINGS, "rounding": "nearest"})
 
 def schedules(optimizer) -> set[tuple[int, ...]]:
     """(times grown, step it has held from) of every matrix."""
-    return {
-        tuple(map(int, state[SCHEDULE][:2])) for state in optimizer.state.values() if SCHEDULE in state
-    }
+    return {tuple(map(int, state[SCHEDULE][:2])) for state in optimizer.state.values() if SCHEDULE in state}
 
 
 def test_gaps_grow_each_on_its_own_in_these_tests():
