@@ -146,7 +146,7 @@ def test_torchs_adamws_take_the_rate_and_the_decay() -> None:
         ("galor", "galor is no optimizer. Did you mean galore? Known: recipe, adamw,"),
         ("adamw_fusd", "Did you mean adamw_fused?"),
         ("galore:ranks=4", "optimizer.ranks is not a key. Did you mean optimizer.rank?"),
-        ("sgd:rank=4", "optimizer.rank is a setting of galore, not of sgd"),
+        ("sgd:rank=4", "optimizer.rank is a setting of galore, q_galore, not of sgd"),
         ("galore:rank=many", "optimizer.rank is many; it must be a whole number"),
         ("adamw:lr=-1", "optimizer.lr is -1; it must be a number >= 0"),
         ("adamw:lr", "is not of the form key=value"),
