@@ -169,6 +169,14 @@ class StopOnInterrupt(TrainerCallback):
         if state.global_step > 0:
             self._grant(args, control)
 
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Nor does one during a save: its checkpoint is there. Who sends SIGTERM may not wait for another.
+        if self.requested_anywhere(args):
+            self.granted = True
+            control.should_training_stop = True
+
     def requested_anywhere(self, args: TrainingArguments) -> bool:
         """Whether any process was asked to stop; to be called by all of them."""
         if args.world_size == 1:

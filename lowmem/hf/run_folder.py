@@ -98,7 +98,8 @@ class RunFolder:
         """Remove what a killed process was writing or deleting. Only for who holds the folder's lock."""
         recover_replaced_(self.model)
         shutil.rmtree(self.unfinished, ignore_errors=True)
-        shutil.rmtree(self.path / f".{self.model.name}.saving", ignore_errors=True)
+        for folder in self.path.glob(f".{self.model.name}.saving*"):  # and int8 files on their way to float ones
+            shutil.rmtree(folder, ignore_errors=True)
         self.metrics.replacement.unlink(missing_ok=True)
         for path in (self.recipe, self.environment):
             path.with_name(f".{path.name}.new").unlink(missing_ok=True)

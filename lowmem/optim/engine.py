@@ -30,6 +30,9 @@ from lowmem.optim.writeback import parts_of, write_
 
 log = logging.getLogger("lowmem")
 
+REFRESHED = "refreshed_for"
+"""State of a parameter whose step was left out after its refresh: the step that must not refresh again."""
+
 
 class LowMemOptimizer(torch.optim.Optimizer):
     """Base of every optimizer here; use a subclass, or `build_optimizer`.
@@ -99,6 +102,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         if self._skips:
             self._skips = False
             self.projected.clear()
+            self._keep_refreshes()
             self._drop_held_gradients()
             return loss
         for group in self.param_groups:
@@ -106,6 +110,19 @@ class LowMemOptimizer(torch.optim.Optimizer):
                 self.step_param(param, group)
         self._drop_held_gradients()
         return loss
+
+    def _keep_refreshes(self) -> None:
+        """After a step left out: the next has its number and must not refresh again, nor after a resume.
+
+        A refresh that changed nothing, as that of a gradient which is not finite, is tried again.
+        """
+        for param, step in list(self._refreshed.items()):
+            if step != self._steps[param] + 1:
+                continue
+            if param in self._refreshed_in_vain:
+                del self._refreshed[param]
+            else:
+                self.state[param][REFRESHED] = torch.tensor(float(step))
 
     def _drop_held_gradients(self) -> None:
         """A Trainer's `model.zero_grad()` knows `.grad` alone, so those beside it are freed when they were used."""
@@ -208,8 +225,10 @@ class LowMemOptimizer(torch.optim.Optimizer):
         if rule.needs_refresh(ctx) and self._refreshed.get(param) != ctx.step:
             grad: Any = gradient_of(param)
             assert grad is not None
-            whole.save_(rule.refresh(grad, whole, ctx), self._rounding(param, group, ctx, "refresh"))
+            changed = rule.refresh(grad, whole, ctx)
+            whole.save_(changed, self._rounding(param, group, ctx, "refresh"))
             self._refreshed[param] = ctx.step
+            (self._refreshed_in_vain.discard if changed else self._refreshed_in_vain.add)(param)
 
     def _loaded(self, param: Tensor, group: dict[str, Any]) -> LoadedState:
         """The whole state of a parameter, made where there is none yet."""
@@ -252,7 +271,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
             for param, index in zip(group["params"], saved["params"], strict=True):
                 for name, value in state_dict["state"].get(index, {}).items():
-                    device = torch.device("cpu") if name == "step" else param.device
+                    device = torch.device("cpu") if name in ("step", REFRESHED) else param.device
                     self.state[param][name] = value.detach().to(device, copy=True)
         self._forget()
 
@@ -266,6 +285,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
         self._known: dict[Tensor, dict[str, tuple[int, ...]]] = {}
         self._places: dict[Tensor, tuple[str, int, int]] = {}
         self._refreshed: dict[Tensor, int] = {}
+        self._refreshed_in_vain: set[Tensor] = set()
         self.failed_refreshes: dict[str, int] = {}
         """How often the decomposition of a parameter's gradient did not converge, by name."""
         self._skips = False
@@ -306,12 +326,16 @@ class LowMemOptimizer(torch.optim.Optimizer):
         ctx = self.coming_context(param, group)
         self._steps[param] = ctx.step
         self.state[param]["step"].fill_(ctx.step)
+        self.state[param].pop(REFRESHED, None)
         return ctx
 
     def coming_context(self, param: Tensor, group: dict[str, Any]) -> Context:
         """That of the next update, which is not counted yet."""
         if param not in self._steps:
-            self._steps[param] = int(self.state[param]["step"]) if self.state[param] else 0
+            stored = self.state[param]
+            self._steps[param] = int(stored["step"]) if stored else 0
+            if REFRESHED in stored:
+                self._refreshed[param] = int(stored[REFRESHED])
         return self._context(param, group, self._steps[param] + 1)
 
     def _context(self, param: Tensor, group: dict[str, Any], step: int) -> Context:

@@ -116,6 +116,27 @@ def test_an_interrupt_during_an_evaluation_ends_it_and_saves_that_step(tmp_path,
     assert "eval_loss" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
+def test_an_interrupt_during_a_save_stops_at_that_checkpoint(tmp_path, model_folder, monkeypatch):
+    settings = ("save.every=2", "report.log_every=3", "train.lr_scheduler.name=linear")
+    recipe, real = tiny_recipe(tmp_path, model_folder, *settings), torch.save
+
+    def save(value, path, *args, **kwargs):
+        if "checkpoint-2" in str(path):
+            signal.raise_signal(signal.SIGTERM)
+        return real(value, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        assert train(recipe) == 130
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert train(recipe) == 0
+    assert steps_of(tmp_path / "run") == [3, 6]
+    whole = tiny_recipe(tmp_path, model_folder, *settings, f"save.dir={tmp_path / 'whole'}")
+    assert train(whole) == 0
+    one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_an_interrupt_before_the_first_step_saves_nothing(tmp_path, model_folder, monkeypatch, capsys):
     monkeypatch.setattr(
         lowmem.hf.evaluation, "held_out_loss", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT)

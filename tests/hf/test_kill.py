@@ -1,7 +1,7 @@
 """A run that is killed and started again, over and over, against one that nobody touched.
 
 One long-lived process imports everything once and forks a child for each run, so that a kill point costs
-what the run costs. `python -m tests.hf.test_kill FOLDER MODEL COUNT SEED OPTIMIZER/EXECUTION ...` is that process.
+what the run costs. `python -m tests.hf.test_kill FOLDER MODEL COUNT SEED OPTIMIZER/EXECUTION[/IN] ...` is that process.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lowmem.hf.flow import train
 from lowmem.hf.trainer import LowMemTrainer
 from lowmem.optim import LowMemOptimizer
 from lowmem.recipe.schema import Recipe
+from lowmem.run.choose import EXECUTIONS
 from tests.hf.every_way import every_way, settings_for
 from tests.hf.tiny_runs import tiny_recipe, write_model
 
@@ -36,6 +37,13 @@ SETTINGS = (
     "report.log_every=3",  # a checkpoint lies inside an interval
     "eval.every=4",
 )
+IN = {
+    "low_bit": (
+        "optimizer.storage={moment: int8, variance: int8, basis: int4}",
+        "optimizer.fallback={name: adamw, storage: {moment: int8, variance: int8}}",
+    ),
+    "int8_weights": ("model.weights=int8", "model.int8.group_size=16", "model.dtype=bfloat16"),
+}
 CALLS = ("fsync", "rename", "replace", "write", "open", "unlink", "rmdir", "mkdir")
 MEASURED = {"seconds", "tokens_per_second", "peak_allocated_bytes"}
 
@@ -121,7 +129,7 @@ def differences(found: dict, expected: dict) -> list[str]:
 
 
 def recipe_for(folder: Path, model: Path, way: str) -> Recipe:
-    name, execution = way.split("/")
+    name, execution, *stored = way.split("/")
     settings = ", ".join(f"{key}: {value}" for key, value in settings_for(name).items())
     clipping = ["train.max_grad_norm=null"] if execution == "fused" else []
     return tiny_recipe(
@@ -131,6 +139,7 @@ def recipe_for(folder: Path, model: Path, way: str) -> Recipe:
         *clipping,
         f"optimizer={{name: {name}, {settings}}}",
         f"train.execution={execution}",
+        *(override for what in stored for override in IN[what]),
     )
 
 
@@ -208,6 +217,7 @@ def test_runs_killed_at_eight_random_points_end_as_if_they_had_not_been(tmp_path
 @pytest.mark.slow
 def test_runs_of_every_optimizer_and_execution_killed_at_random_points_end_as_if_they_had_not_been(tmp_path):
     ways = ["/".join(way) for way in every_way()]
+    ways += [f"galore/{execution}/{what}" for execution in EXECUTIONS for what in IN]
     lines = lines_of(tmp_path, max(104, 4 * len(ways)), seed=2, ways=ways)
     assert len(lines) >= 100
     assert {line["way"] for line in lines} == set(ways)

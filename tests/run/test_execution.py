@@ -423,6 +423,59 @@ def test_a_state_saved_between_steps_goes_on_as_if_it_had_not_been(mode):
     assert all(torch.equal(a, b) for a, b in zip(rest, whole, strict=True))
 
 
+def train_and_skip(model, optimizer, execution, data, skipped):
+    """Steps in `skipped` are left out, as a Trainer does with gradients that are not finite."""
+    for number, micro_batches in data:
+        if number in skipped:
+            optimizer.skip_next_step()
+        result = train(model, optimizer, execution, [micro_batches])
+    return result
+
+
+@pytest.mark.parametrize("refresh_from", ["boundary", "first_micro_batch"])
+@pytest.mark.parametrize("mode", ["plain", "project"])
+@pytest.mark.parametrize("name", ["galore", "q_galore"])
+def test_a_run_resumed_after_a_skipped_step_that_had_refreshed_is_the_run_that_was_not_stopped(
+    name, mode, refresh_from
+):
+    case = (name, {"rank": 4, "refresh_every": 3, "stagger": False})
+    data, skipped = list(enumerate(batches(12, 2))), {0, 4}  # the refreshes of steps 1 and 4
+    clipped = {"max_norm": 0.05, "refresh_from": refresh_from}
+
+    def begun():
+        model = net()
+        optimizer = optimizer_for(case, model)
+        return model, optimizer, execution_for(mode, optimizer, model, **clipped)
+
+    whole = train_and_skip(*begun(), data, skipped)
+    for stop in range(1, 7):
+        model, optimizer, execution = begun()
+        train_and_skip(model, optimizer, execution, data[:stop], skipped)
+        weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+        model, optimizer, execution = begun()
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+        rest = train_and_skip(model, optimizer, execution, data[stop:], skipped)
+        assert all(torch.equal(a, b) for a, b in zip(rest, whole, strict=True)), stop
+
+
+def test_a_refresh_from_a_gradient_that_is_not_finite_is_made_again_in_the_next_step():
+    model = net()
+    optimizer = optimizer_for(("galore", {"rank": 4, "refresh_every": 3, "stagger": False}), model)
+    execution = execution_for("project", optimizer, model)
+    data = batches(5, 2)
+    train(model, optimizer, execution, data[:3])
+    param = model.blocks[0].mlp_up.weight
+    basis = optimizer.state[param]["basis"].clone()
+    broken = param.register_hook(lambda grad: grad * math.nan)
+    optimizer.skip_next_step()
+    train(model, optimizer, execution, [data[3]])
+    broken.remove()
+    assert torch.equal(optimizer.state[param]["basis"], basis)
+    train(model, optimizer, execution, [data[4]])
+    assert not torch.equal(optimizer.state[param]["basis"], basis)
+
+
 @pytest.mark.parametrize("mode", ["plain", "project"])
 def test_a_skipped_step_changes_nothing_and_leaves_nothing(mode):
     model = net()
