@@ -98,7 +98,8 @@ class RunFolder:
         """Remove what a killed process was writing or deleting. Only for who holds the folder's lock."""
         recover_replaced_(self.model)
         shutil.rmtree(self.unfinished, ignore_errors=True)
-        for folder in self.path.glob(f".{self.model.name}.saving*"):  # and int8 files on their way to float ones
+        # Of the model, and of int8 files on their way to float ones.
+        for folder in self.path.glob(f".{self.model.name}.saving*"):
             shutil.rmtree(folder, ignore_errors=True)
         self.metrics.replacement.unlink(missing_ok=True)
         for path in (self.recipe, self.environment):
