@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from lowmem.memory import update_tiles
 from lowmem.memory.architecture import Shape
 from lowmem.memory.row_block_formulas import ROW_BLOCKS, vector_bytes
-from lowmem.memory.state_formulas import Settings, with_defaults
+from lowmem.memory.split_formulas import number_bytes
+from lowmem.memory.state_formulas import Settings, frugal_rule, with_defaults
 from lowmem.memory.step_formulas import left_by_a_tile, update_bytes
 
 SLICES_START_AT = 256
@@ -47,8 +48,10 @@ def row_update(
         update = update_bytes(algorithm, settings, shape, itemsize, on_cuda=on_cuda)
         vectors = vector_bytes(algorithm, settings, 1, *shape)
         return RowUpdate(beside=update + (4 * values if itemsize == 4 else 0), left=vectors)
-    left = left_by_a_tile(algorithm, settings, shape, itemsize) or 0
     update = update_bytes(algorithm, settings, shape, itemsize, on_cuda=on_cuda)
+    if algorithm == "frugal" and frugal_rule(settings, shape) == "split":
+        return RowUpdate(beside=itemsize * values + update, left=number_bytes(settings, shape))
+    left = left_by_a_tile(algorithm, settings, shape, itemsize) or 0
     return RowUpdate(beside=itemsize * values + update, left=(itemsize + left) * values)
 
 

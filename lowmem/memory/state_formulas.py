@@ -9,6 +9,9 @@
     sinkgd      nothing; momentum_buffer N with momentum; as adamw for what is no matrix
     galore      basis m r, exp_avg r n, exp_avg_sq r n; as adamw where r >= m and for what is no matrix
     q_galore    as galore, and 3 + similarity_window in float32 while it is lazy
+    frugal      chosen k in float32, and inner's state (as adamw, momentum_buffer, exp_avg, or none) on (m, k) or
+                (k, n) of k = density n columns or density m rows; nothing at density 0; inner's state on N at
+                density 1 and for what is no matrix
 
 and `step`, 4 bytes. A value takes the bytes of its role's storage format:
 
@@ -94,6 +97,41 @@ def _q_galore(settings: Settings, shape: Shape) -> State:
     return {**state, "refresh_schedule": StateTensor(3, "scalar"), "similarities": window}
 
 
+_INNER = {
+    "adam": {"exp_avg": "moment", "exp_avg_sq": "variance"},
+    "lion": {"exp_avg": "moment"},
+    "momentum": {"momentum_buffer": "moment"},
+    "sign": {},
+}
+
+
+def _frugal(settings: Settings, shape: Shape) -> State:
+    rule, numel = frugal_rule(settings, shape), math.prod(shape)
+    if rule != "split":
+        return {name: StateTensor(numel, role) for name, role in _INNER[rule].items()}
+    k = chosen_count(settings, shape)
+    chosen = StateTensor(math.prod(shape[:-2]) * k, "factor")
+    part = numel // shape[_split_side(settings)] * k
+    inner = {name: StateTensor(part, role) for name, role in _INNER[settings["inner"]].items()}
+    return {"chosen": chosen, **inner}
+
+
+def frugal_rule(settings: Settings, shape: Shape) -> str:
+    """Which rule treats a parameter: "split", "sign" (without state, whatever the residual), or the inner one."""
+    if not is_matrix(shape) or settings["density"] == 1:
+        return settings["inner"]
+    return "split" if settings["density"] else "sign"
+
+
+def chosen_count(settings: Settings, shape: Shape) -> int:
+    """How many columns or rows of a split matrix have state."""
+    return max(1, round(settings["density"] * shape[_split_side(settings)]))
+
+
+def _split_side(settings: Settings) -> int:
+    return -1 if settings["projection"] == "columns" else -2
+
+
 FORMULAS: dict[str, Callable[[Settings, Shape], State]] = {
     "adamw": _adamw,
     "sgd": _sgd,
@@ -102,10 +140,11 @@ FORMULAS: dict[str, Callable[[Settings, Shape], State]] = {
     "sinkgd": _sinkgd,
     "galore": _galore,
     "q_galore": _q_galore,
+    "frugal": _frugal,
 }
 """A new optimizer is one function here, and a name below if it treats matrices only."""
 
-TREATS_MATRICES = frozenset({"galore", "q_galore", "sinkgd"})
+TREATS_MATRICES = frozenset({"galore", "q_galore", "sinkgd", "frugal"})
 """Optimizers that leave all but the targeted matrices to the fallback."""
 
 _FORMAT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 1}

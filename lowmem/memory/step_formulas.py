@@ -17,7 +17,8 @@ rounding. GaLore's matrix (m, n) with m <= n of rank r, tiles of t values, a wid
     compare      where it is lazy: both bases 4 m r each, and two float32 copies of a tile of the gradient, or
                  a transposed basis 4 m r, R 4 r n and a copy of one
 
-Rules whose direction is made a block of rows at a time have a page of their own, `row_block_formulas`.
+Rules whose direction is made a block of rows at a time have pages of their own, `row_block_formulas` and
+`split_formulas`.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ from lowmem.memory import update_tiles
 from lowmem.memory.architecture import Shape
 from lowmem.memory.ledger import rounded
 from lowmem.memory.row_block_formulas import ROW_BLOCKS, row_block_bytes, unfactored_bytes
+from lowmem.memory.split_formulas import split_bytes
 from lowmem.memory.state_formulas import (
     Settings,
     StateTensor,
+    frugal_rule,
     is_low_rank,
     is_matrix,
     state_values,
@@ -57,6 +60,8 @@ def update_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: int
         return max(project, inner, _refresh_bytes(settings, shape, itemsize, on_cuda))
     if algorithm in ROW_BLOCKS and is_matrix(shape):
         return row_block_bytes(algorithm, settings, shape, itemsize)
+    if algorithm == "frugal" and frugal_rule(settings, shape) == "split":
+        return split_bytes(settings, shape, itemsize)
     if algorithm == "adafactor":
         return unfactored_bytes(settings, shape, itemsize)
     return _element_bytes("adamw" if algorithm == "sinkgd" else algorithm, settings, shape, itemsize)
@@ -140,7 +145,7 @@ def accumulated(algorithm: str, settings: Settings, shape: Shape, itemsize: int)
     rounds = 6 if settings["rounding"] == "stochastic" else 0
     saved = rounds if copied else 0
     weight = 4 + rounds if itemsize < 4 else 0
-    kept = copied + 4 * _DIRECTIONS[algorithm](settings)
+    kept = copied + 4 * _DIRECTIONS[algorithm](settings, shape)
     return Accumulated(
         add=max(gradient + copied, copied + saved) * n,
         finish=max(
@@ -168,7 +173,7 @@ def _element_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: i
     if kept is None:
         return refresh
     gradient = 4 if itemsize < 4 else 0
-    direction = 4 * _DIRECTIONS[algorithm](settings)
+    direction = 4 * _DIRECTIONS[algorithm](settings, shape)
     made = 4 * sum(each < 4 for each in tensors) + direction
     weight = (4 + (6 if is_stochastic else 0)) * n if itemsize < 4 else 0
     saved = max((saving_bytes(each, settings, itemsize, n) for each in states), default=0)
@@ -186,19 +191,22 @@ def _element_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: i
 def left_by_a_tile(algorithm: str, settings: Settings, shape: Shape, itemsize: int) -> int | None:
     """Bytes a value that an element-wise update holds until the next one; None where torch's kernels do it all."""
     tensors = _stored_itemsizes(algorithm, settings, shape, itemsize)
-    if (itemsize == 4 or settings["rounding"] != "stochastic") and all(each == itemsize for each in tensors):
+    has_kernel = algorithm != "frugal" or frugal_rule(settings, shape) in ("adam", "momentum")
+    is_exact = itemsize == 4 or settings["rounding"] != "stochastic"
+    if has_kernel and is_exact and all(each == itemsize for each in tensors):
         return None
-    made = 4 * sum(each < 4 for each in tensors) + 4 * _DIRECTIONS[algorithm](settings)
+    made = 4 * sum(each < 4 for each in tensors) + 4 * _DIRECTIONS[algorithm](settings, shape)
     gradient = 4 if itemsize < 4 else 0
     return made + (gradient if algorithm == "sgd" and not settings["momentum"] else 0)
 
 
-_DIRECTIONS: dict[str, Callable[[Settings], int]] = {
-    "adamw": lambda settings: 1,
-    "galore": lambda settings: 1,
-    "q_galore": lambda settings: 1,
-    "sgd": lambda settings: int(settings["nesterov"]),
-    "sgd_sai": lambda settings: 1,
+_DIRECTIONS: dict[str, Callable[[Settings, Shape], int]] = {
+    "adamw": lambda settings, shape: 1,
+    "galore": lambda settings, shape: 1,
+    "q_galore": lambda settings, shape: 1,
+    "sgd": lambda settings, shape: int(settings["nesterov"]),
+    "sgd_sai": lambda settings, shape: 1,
+    "frugal": lambda settings, shape: int(frugal_rule(settings, shape) != "momentum"),
 }
 """Float32 tensors of the tile's size that a rule makes for its direction. Without momentum SGD's is the gradient."""
 

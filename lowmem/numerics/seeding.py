@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 
 import torch
 
@@ -18,3 +19,17 @@ def seeded_generator(device: torch.device, *parts: object) -> torch.Generator:
     generator = torch.Generator(device=device)
     generator.manual_seed(stable_seed(*parts))
     return generator
+
+
+def seeded_choice(count: int, among: int, *parts: object) -> list[int]:
+    """`count` different numbers below `among`, in ascending order, all choices being equally likely.
+
+    Made of whole numbers and `random.random()` alone, whose sequence Python promises to keep: the same on every
+    device, machine and release.
+    """
+    draw = random.Random(stable_seed(*parts))
+    numbers = list(range(among))
+    for i in range(count):
+        j = i + int(draw.random() * (among - i))
+        numbers[i], numbers[j] = numbers[j], numbers[i]
+    return sorted(numbers[:count])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from lowmem.optim.algorithms.adafactor import Adafactor
 from lowmem.optim.algorithms.adamw import AdamW
+from lowmem.optim.algorithms.frugal import FRUGAL
 from lowmem.optim.algorithms.galore import GaLore
 from lowmem.optim.algorithms.q_galore import QGaLore
 from lowmem.optim.algorithms.sgd import SGD
@@ -20,6 +21,7 @@ from lowmem.optim.engine import LowMemOptimizer
 from lowmem.optim.registry import OPTIMIZERS
 
 __all__ = [
+    "FRUGAL",
     "OPTIMIZERS",
     "SGD",
     "Adafactor",

@@ -21,7 +21,7 @@ from lowmem.numerics.seeding import seeded_generator
 
 Shape = tuple[int, ...]
 Role = Literal["moment", "variance", "basis", "factor", "scalar"]
-"""`factor` and `scalar` are float32 whatever the storage: rows and columns of a factored moment, and single numbers."""
+"""`factor` and `scalar` are float32 whatever the storage: one value a row or a column, and single numbers."""
 Scope = Literal["element", "matrix"]
 
 
@@ -42,6 +42,10 @@ class State(Mapping[str, Tensor]):
 
     def save_rows_(self, name: str, index: int, rows: slice, value: Tensor) -> None:
         """Keep `value` as these rows."""
+        raise NotImplementedError(f"{type(self).__name__} gives whole tensors only")
+
+    def zero_(self, name: str) -> None:
+        """Make a slot what it was at first, without loading it."""
         raise NotImplementedError(f"{type(self).__name__} gives whole tensors only")
 
 
@@ -126,7 +130,7 @@ class Context:
             if tensor is None or isinstance(tensor, FakeTensor) or tensor.is_meta:
                 self._known[slot] = (0,) * count
             else:
-                self._known[slot] = tuple(map(int, tensor.tolist()))
+                self._known[slot] = tuple(map(int, tensor.flatten().tolist()))
         return self._known[slot]
 
     def at_step(self, step: int) -> Context:

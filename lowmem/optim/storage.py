@@ -100,6 +100,10 @@ class LoadedState(State):
             values[part.start - wide.start : part.stop - wide.start] = value.view(-1)
         codec.save_(self._stored, values, wide, self._rounding)
 
+    def zero_(self, name: str) -> None:
+        for key in self._codecs[name].tensors():
+            self._stored[key].zero_()
+
     def _flat(self, name: str, index: int, rows: slice) -> slice:
         """Where rows of a matrix lie in the flat slot."""
         height, width = self._codecs[name].shape[-2:]

@@ -469,6 +469,12 @@ UPDATES = [
     {"relative": True},
     {"normalize": "row"},
     {"momentum": 0.9, "iterations": 2},
+    {"density": 0.0, "residual": "sgd"},
+    {"density": 1.0, "inner": "lion"},
+    {"density": 0.9},
+    {"density": 0.6, "inner": "momentum", "storage": {"moment": "int8"}},
+    {"density": 0.6, "inner": "momentum", "rounding": "nearest"},
+    {"density": 0.4, "inner": "sign"},
 ]
 
 

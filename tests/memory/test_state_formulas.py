@@ -30,6 +30,8 @@ VARIED = {
     "momentum": [0.0, 0.9],
     "beta1": [0.0, 0.9],
     "rank": [None, 1, 32, 200],
+    "density": [0.0, 0.01, 0.3, 1.0],
+    "inner": ["adam", "lion", "momentum", "sign"],
     "lazy": [True, False],
     "similarity_window": [1, 5],
     "storage": [

@@ -46,6 +46,15 @@ SETTINGS: dict[str, list[dict]] = {
             "storage": FLOAT,
         },
     ],
+    "frugal": [
+        {"refresh_every": 7, "weight_decay": 0.1},
+        {"refresh_every": 7, "projection": "rows", "density": 0.4, "residual": "sgd", "residual_scale": 1.0},
+        {"refresh_every": 5, "projection": "rows", "inner": "lion", "betas": (0.9, 0.99)},
+        {"refresh_every": 5, "inner": "momentum", "residual": "none"},
+        {"inner": "sign"},
+        {"density": 0.0},
+        {"density": 1.0},
+    ],
 }
 
 LR = {"adamw": 1e-2, "sgd": 1e-2, "sgd_sai": 1e-2, "galore": 1e-2}

@@ -1,0 +1,128 @@
+"""FRUGAL: a rule with state on a part of the gradient, a rule without on the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from lowmem.optim.engine import LowMemOptimizer
+from lowmem.optim.matrices import is_matrix
+from lowmem.optim.refresh import Every
+from lowmem.optim.rule import Rule, Shape
+from lowmem.optim.rules.adam import Adam
+from lowmem.optim.rules.lion import Lion
+from lowmem.optim.rules.momentum import Momentum
+from lowmem.optim.rules.stateless import Stateless
+from lowmem.optim.settings import Betas, Eps, LearningRate, Range, Rounding, Seed, StorageSetting, WeightDecay
+from lowmem.optim.split import Split
+
+
+class FRUGAL(LowMemOptimizer):
+    """Adam on some columns of each matrix, the sign of the gradient on the others; every weight moves at every step.
+
+        J <- k = density n of n columns, drawn anew every `refresh_every` steps; moments restart
+        U[:, J]     <- Adam(G[:, J])                    moments on (m, k)
+        U[:, not J] <- residual_scale sign(G[:, not J])
+        W <- W - lr (U + weight_decay W)                                         (m, n)
+
+    What it saves: moments of 2 m k values instead of 2 m n, and no basis. With `density` 0 a matrix has no state
+    at all; with 1 it takes the inner rule whole.
+
+    `projection="rows"` takes rows instead. `inner` is the rule with state: Adam, Lion, a running mean of the gradient
+    (`momentum`, decay betas[0]) or, without any, its sign. `residual` is the rule for the rest: `sign`, the gradient
+    itself (`sgd`) or nothing (`none`). After a restart Adam's bias correction begins anew, which makes its
+    first step as long as one of signs.
+
+    The learning rate is that of AdamW, and the rest moves at `residual_scale` times it: the paper takes 0.1 for
+    fine-tuning and 1 for pre-training.
+
+    A parameter that is no matrix takes the inner rule whole. Embeddings and above all the output head should keep
+    state: `build_optimizer` gives them the `fallback`. A group of its own can have another density, and
+    fallback: {name: frugal, density: 0} is one without state. 3-D parameters are batches of matrices.
+
+    Source: Zmushko et al., "FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for Scalable
+    Training", arXiv:2411.07837, algorithm 1. Differs from the authors' code: columns depend on seed, name and step,
+    so that a resumed run and every process have the same; k is rounded and at least 1, where it is cut off; a
+    parameter counts its own steps, so that one without a gradient (an expert that saw no token) is left alone,
+    where the code fails; weight decay uses the weight before the step; state may be kept in few bits.
+    """
+
+    algorithm = "frugal"
+    treats_matrices = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: LearningRate = 1e-4,
+        *,
+        density: Annotated[
+            float, Range(at_least=0, at_most=1), "share of each matrix that has state (rho in the paper)"
+        ] = 0.25,
+        projection: Annotated[Literal["columns", "rows"], "which part of a matrix has state"] = "columns",
+        refresh_every: Annotated[
+            int, Range(at_least=1), "steps until other parts have state (T in the paper)"
+        ] = 200,
+        inner: Annotated[
+            Literal["adam", "lion", "momentum", "sign"], "the rule of the part with state"
+        ] = "adam",
+        residual: Annotated[Literal["sign", "sgd", "none"], "the rule of the rest"] = "sign",
+        residual_scale: Annotated[
+            float,
+            Range(above=0),
+            "learning rate of the rest over lr; 0.1 for fine-tuning, 1 for pre-training",
+        ] = 0.1,
+        betas: Betas = (0.9, 0.999),
+        eps: Eps = 1e-8,
+        weight_decay: WeightDecay = 0.0,
+        storage: StorageSetting = None,
+        rounding: Rounding = "stochastic",
+        seed: Seed = 0,
+    ):
+        settings = dict(
+            lr=lr,
+            density=density,
+            projection=projection,
+            refresh_every=refresh_every,
+            inner=inner,
+            residual=residual,
+            residual_scale=residual_scale,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            storage=storage,
+            rounding=rounding,
+            seed=seed,
+        )
+        super().__init__(params, settings)
+
+    @staticmethod
+    def rule(group: dict[str, Any], shape: Shape) -> Rule:
+        inner, density = _inner(group), group["density"]
+        if not is_matrix(shape) or density == 1:
+            return inner
+        residual = Stateless(form=group["residual"], scale=group["residual_scale"])
+        if density == 0:
+            if residual.form == "none":
+                raise ValueError(
+                    "frugal: density 0 with residual 'none' would leave matrices as they are. "
+                    "Raise density, or set residual to 'sign' or 'sgd'."
+                )
+            return residual
+        return Split(
+            inner=inner,
+            residual=residual,
+            along=group["projection"],
+            density=density,
+            refresh_every=Every(group["refresh_every"]),
+        )
+
+
+def _inner(group: dict[str, Any]) -> Rule:
+    betas = tuple(group["betas"])
+    if group["inner"] == "adam":
+        return Adam(betas=betas, eps=group["eps"])
+    if group["inner"] == "lion":
+        return Lion(betas=betas)
+    if group["inner"] == "momentum":
+        return Momentum(momentum=betas[0], dampening=betas[0])
+    return Stateless(form="sign")

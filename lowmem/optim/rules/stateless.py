@@ -1,0 +1,36 @@
+"""The gradient itself, or its signs: no state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lowmem.optim.rule import Context, Direction, Rule, State
+
+Form = Literal["sign", "sgd", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stateless(Rule):
+    """U <- scale sign(g)    "sign"
+    U <- scale g          "sgd"
+    U <- 0                "none"
+
+    Source: Bernstein et al., "signSGD", arXiv:1802.04434, algorithm 1.
+    """
+
+    form: Form = "sign"
+    scale: float = 1.0
+
+    def update(self, grad: Tensor, state: State, ctx: Context) -> tuple[Direction, dict[str, Tensor]]:
+        return self.of(grad), {}
+
+    def of(self, grad: Tensor) -> Tensor:
+        """The direction in float32, a new tensor."""
+        if self.form == "none":
+            return torch.zeros_like(grad, dtype=torch.float32)
+        wide = grad.to(torch.float32, copy=True)
+        return (wide.sign_() if self.form == "sign" else wide).mul_(self.scale)
