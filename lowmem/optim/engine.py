@@ -311,7 +311,7 @@ class LowMemOptimizer(torch.optim.Optimizer):
                 stored.update(codec.allocate(param.device))
             stored["step"] = torch.zeros((), dtype=torch.float32)
             self._steps[param] = 0
-            self._known[param] = {}
+            self._known.setdefault(param, {}).clear()  # the same, for a context that was made before
         return stored
 
     def _codecs(self, param: Tensor, group: dict[str, Any], rule: Rule) -> dict[str, Codec]:
@@ -331,12 +331,16 @@ class LowMemOptimizer(torch.optim.Optimizer):
 
     def coming_context(self, param: Tensor, group: dict[str, Any]) -> Context:
         """That of the next update, which is not counted yet."""
-        if param not in self._steps:
-            stored = self.state[param]
-            self._steps[param] = int(stored["step"]) if stored else 0
-            if REFRESHED in stored:
-                self._refreshed[param] = int(stored[REFRESHED])
-        return self._context(param, group, self._steps[param] + 1)
+        if param in self._steps:
+            return self._context(param, group, self._steps[param] + 1)
+        stored = self.state[param]
+        self._steps[param] = int(stored["step"]) if stored else 0
+        ctx = self._context(param, group, self._steps[param] + 1)
+        if stored:
+            self.rule_of(param, group).recall(self._loaded(param, group), ctx)
+        if REFRESHED in stored:
+            self._refreshed[param] = int(stored[REFRESHED])
+        return ctx
 
     def _context(self, param: Tensor, group: dict[str, Any], step: int) -> Context:
         name, index, count = self.place_of(param)

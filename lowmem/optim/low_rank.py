@@ -60,6 +60,10 @@ class LowRank(Rule):
             **self.refresh_every.slots(),
         }
 
+    def recall(self, state: State, ctx: Context) -> None:
+        if ctx.ask(state[BASIS].any(), assume=True):
+            ctx.remember(BASIS)
+
     def needs_refresh(self, ctx: Context) -> bool:
         return self.refresh_is_due(ctx) or not ctx.knows(BASIS)
 
@@ -68,9 +72,7 @@ class LowRank(Rule):
 
     def refresh(self, grad: Tensor, state: State, ctx: Context) -> dict[str, Tensor]:
         P_old = state[BASIS]
-        has_basis = ctx.step > 1 and (ctx.knows(BASIS) or ctx.ask(P_old.any(), assume=True))
-        if has_basis:
-            ctx.remember(BASIS)
+        has_basis = ctx.step > 1 and ctx.knows(BASIS)
         is_due = self.refresh_is_due(ctx)
         if has_basis and not is_due:
             return {}

@@ -180,6 +180,9 @@ class Rule:
         """The state for a parameter of `shape`, so that its bytes are known without allocating it."""
         return {}
 
+    def recall(self, state: State, ctx: Context) -> None:
+        """Remember in `ctx` what a loaded state holds; called before anything else is asked after a load."""
+
     def needs_refresh(self, ctx: Context) -> bool:
         """Whether `refresh` is to be called before this step's `update`."""
         return False

@@ -229,6 +229,15 @@ def test_what_a_full_disk_left_of_the_reports_numbers_does_not_stop_the_next_sta
     assert not memory.exists(), "nothing was measured the second time"
 
 
+def test_what_a_killed_run_was_writing_is_cleared_away_by_the_next(tmp_path, model_folder):
+    recipe, run = tiny_recipe(tmp_path, model_folder, *SETTINGS), tmp_path / "run"
+    for name in (".saving/checkpoint-2", ".model.saving", ".model.saving-int8-x1", ".checkpoint-2.deleting"):
+        (run / name).mkdir(parents=True)
+        (run / name / "model.safetensors").write_bytes(bytes(9))
+    assert train(recipe) == 0
+    assert not [name for name in names_in(run) if name.startswith(".")]
+
+
 def test_a_recipe_that_cannot_be_written_leaves_the_old_one(tmp_path, model_folder, monkeypatch):
     recipe = tiny_recipe(tmp_path, model_folder, *SETTINGS)
     assert train(recipe) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import socket
@@ -48,6 +49,27 @@ def trained(combination, wrap, data):
     return train(wrap(model), optimizer, execution, data(batches(12, micro_batches)))
 
 
+def is_the_same_when_resumed(mode: str, case, rank: int) -> bool:
+    """After six of twelve steps; the basis of a loaded state is one that no refresh of this process has made."""
+    data = [halves(step, rank) for step in batches(12, 2)]
+
+    def begun():
+        model = net()
+        optimizer = optimizer_for(case, model)
+        return model, optimizer, execution_for(mode, optimizer, model)
+
+    model, optimizer, execution = begun()
+    wrapped = DistributedDataParallel(model)
+    train(wrapped, optimizer, execution, data[:6])
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    whole = train(wrapped, optimizer, execution, data[6:])
+    model, optimizer, execution = begun()
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    rest = train(DistributedDataParallel(model), optimizer, execution, data[6:])
+    return all(torch.equal(a, b) for a, b in zip(rest, whole, strict=True))
+
+
 def gradient_bytes_held(mode: str, name: str, settings: dict, process: int) -> int:
     """At the fullest moment of a step; the least of several steps.
 
@@ -81,6 +103,13 @@ def gradient_bytes_held(mode: str, name: str, settings: dict, process: int) -> i
     return min(held)
 
 
+RESUMED = [
+    (mode, case)
+    for case in (GALORE, ("q_galore", {"rank": 4, "refresh_every": 9}), ("adafactor", {}))
+    for mode in ("plain", "project", "fused")
+    if not (mode == "project" and case[0] == "adafactor")
+]
+
 HELD = {
     "project": ("galore", {"rank": 4}),
     "fused": ("galore", {"rank": 4}),
@@ -103,7 +132,8 @@ def work(rank: int, port: int, out: str) -> None:
             way: gradient_bytes_held(way.split(",")[0], name, settings, rank)
             for way, (name, settings) in HELD.items()
         }
-        Path(out, f"{rank}.pickle").write_bytes(pickle.dumps((found, held)))
+        resumed = {str(way): is_the_same_when_resumed(*way, rank) for way in RESUMED}
+        Path(out, f"{rank}.pickle").write_bytes(pickle.dumps((found, held, resumed)))
     finally:
         dist.destroy_process_group()
 
@@ -122,15 +152,20 @@ def ranks(tmp_path_factory):
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=str)
 def test_two_processes_make_the_steps_of_one(ranks, combination):
     alone = trained(combination, lambda model: model, lambda data: data)
-    zero, one = (found[str(combination)] for found, _ in ranks)
+    zero, one = (found[str(combination)] for found, *_ in ranks)
     assert all(torch.equal(a, b) for a, b in zip(zero, one, strict=True)), "the processes agree to the bit"
     assert max((a - b).abs().max().item() for a, b in zip(zero, alone, strict=True)) < 2e-5
+
+
+@pytest.mark.parametrize("way", RESUMED, ids=str)
+def test_two_processes_go_on_from_a_loaded_state_with_the_same_bits(ranks, way):
+    assert [resumed[str(way)] for *_, resumed in ranks] == [True] * WORLD
 
 
 def test_one_layers_gradient_at_a_time_is_alive_and_the_reducer_gives_none_back(ranks):
     matrix, others = 64 * 128 * 4, 11 * 64 * 4 + 12 * (2 * 64 + 128) * 4
     accumulators = 24 * 4 * 128 * 4
-    for _, held in ranks:
+    for _, held, _ in ranks:
         assert held["fused"] <= matrix + 512 * 4
         assert held["fused, added to the momentum"] <= matrix + 512 * 4
         assert held["project"] <= accumulators + others + matrix + 512 * 100
