@@ -3,7 +3,8 @@
     optimizer = lowmem.optim.GaLore(model.parameters(), lr=1e-4, rank=128)
     optimizer = lowmem.build_optimizer(model, "galore", lr=1e-4, rank=128)    # picks the matrices by module
 
-Read in this order: rule.py (the contract), rules/adam.py, low_rank.py, engine.py, algorithms/galore.py.
+Read in this order: rule.py (the contract), rules/adam.py, low_rank.py, engine.py with optimizer_state.py,
+algorithms/galore.py.
 """
 
 from __future__ import annotations

@@ -1,0 +1,173 @@
+"""The state of an optimizer's parameters, and what is remembered of it in Python between steps.
+
+`state[param]` holds plain tensors. Counts and facts that a step asks for are mirrored in Python, so that the device is
+read once, after a load; all of that can be forgotten and read again.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem.numerics.held_weights import numel_of, shape_of
+from lowmem.numerics.seeding import seeded_generator
+from lowmem.optim import registry
+from lowmem.optim.codecs import Codec
+from lowmem.optim.rule import Context, Rule
+from lowmem.optim.storage import WHOLE, LoadedState, codec_for
+
+log = logging.getLogger("lowmem")
+
+REFRESHED = "refreshed_for"
+"""State of a parameter whose step was left out after its refresh: the step that must not refresh again."""
+
+
+class OptimizerState(torch.optim.Optimizer):
+    """What `LowMemOptimizer` keeps of each parameter: made when first needed, counted, loaded, saved."""
+
+    _skips: bool
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state once every trainable parameter was updated, from the declarations.
+
+        Exact, allocates nothing, and works on meta tensors.
+        """
+        total = 0
+        for group in self.param_groups:
+            owner = registry.optimizer_class(group["algorithm"])
+            for param in group["params"]:
+                if not param.requires_grad or numel_of(param) == 0:
+                    continue
+                rule = owner.rule(group, shape_of(param))
+                codecs = self._codecs(param, group, rule)
+                total += sum(codec.nbytes() for codec in codecs.values()) + 4  # and `step`
+        return total
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but every state tensor keeps its dtype; torch's own would cast it to the weight's."""
+        super().load_state_dict(state_dict)
+        saved_groups = state_dict["param_groups"]
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            for param, index in zip(group["params"], saved["params"], strict=True):
+                for name, value in state_dict["state"].get(index, {}).items():
+                    device = torch.device("cpu") if name in ("step", REFRESHED) else param.device
+                    self.state[param][name] = value.detach().to(device, copy=True)
+        self._forget()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what is only remembered from the state and the groups; it is read again when needed."""
+        self._steps: dict[Tensor, int] = {}
+        self._known: dict[Tensor, dict[str, tuple[int, ...]]] = {}
+        self._places: dict[Tensor, tuple[str, int, int]] = {}
+        self._refreshed: dict[Tensor, int] = {}
+        self._refreshed_in_vain: set[Tensor] = set()
+        self.failed_refreshes: dict[str, int] = {}
+        """How often the decomposition of a parameter's gradient did not converge, by name."""
+        self._skips = False
+        self.projected: dict[Tensor, Tensor] = {}
+        """Gradients of the step under way in the rule's subspace; their parameters hold no `.grad`."""
+        self.accumulated: dict[Tensor, int] = {}
+        """How many micro-batches of the step under way were added to the state of a parameter."""
+
+    def rule_of(self, param: Tensor, group: dict[str, Any]) -> Rule:
+        return registry.optimizer_class(group["algorithm"]).rule(group, shape_of(param))
+
+    def _rounding(
+        self, param: Tensor, group: dict[str, Any], ctx: Context, purpose: str
+    ) -> torch.Generator | None:
+        if group["rounding"] != "stochastic":
+            return None
+        return seeded_generator(param.device, ctx.seed, ctx.name, ctx.step, purpose)
+
+    def _stored(self, param: Tensor, group: dict[str, Any], rule: Rule) -> dict[str, Tensor]:
+        stored = self.state[param]
+        if not stored:
+            for codec in self._codecs(param, group, rule).values():
+                stored.update(codec.allocate(param.device))
+            stored["step"] = torch.zeros((), dtype=torch.float32)
+            self._steps[param] = 0
+            self._known.setdefault(param, {}).clear()  # the same, for a context that was made before
+        return stored
+
+    def _codecs(self, param: Tensor, group: dict[str, Any], rule: Rule) -> dict[str, Codec]:
+        formats = group["storage"] or {}
+        return {
+            name: codec_for(name, slot, formats, param.dtype)
+            for name, slot in rule.slots(shape_of(param)).items()
+        }
+
+    def _next_context(self, param: Tensor, group: dict[str, Any]) -> Context:
+        """Count the update. The count is mirrored in Python so that the tensor is read once, after a load."""
+        ctx = self.coming_context(param, group)
+        self._steps[param] = ctx.step
+        self.state[param]["step"].fill_(ctx.step)
+        self.state[param].pop(REFRESHED, None)
+        return ctx
+
+    def coming_context(self, param: Tensor, group: dict[str, Any]) -> Context:
+        """That of the next update, which is not counted yet."""
+        if param in self._steps:
+            return self._context(param, group, self._steps[param] + 1)
+        stored = self.state[param]
+        self._steps[param] = int(stored["step"]) if stored else 0
+        ctx = self._context(param, group, self._steps[param] + 1)
+        if stored:
+            self.rule_of(param, group).recall(self._loaded(param, group), ctx)
+        if REFRESHED in stored:
+            self._refreshed[param] = int(stored[REFRESHED])
+        return ctx
+
+    def _context(self, param: Tensor, group: dict[str, Any], step: int) -> Context:
+        name, index, count = self.place_of(param)
+
+        def failed(reason: str) -> None:
+            self.failed_refreshes[name] = self.failed_refreshes.get(name, 0) + 1
+            log.warning("step %d: the old basis of %s stays: %s", step, name, reason)
+
+        return Context(
+            step=step,
+            name=name,
+            seed=group["seed"],
+            known=self._known.setdefault(param, {}),
+            stored=self.state.get(param),
+            index=index,
+            count=count,
+            on_failure=failed,
+            weight=param,
+        )
+
+    def place_of(self, param: Tensor) -> tuple[str, int, int]:
+        """Name, where the caller gave one, else made of its place; which of its group it is; of how many."""
+        if param not in self._places:
+            for number, group in enumerate(self.param_groups):
+                params = group["params"]
+                names = group.get("param_names") or [f"{number}.{i}" for i in range(len(params))]
+                places = ((name, index, len(params)) for index, name in enumerate(names))
+                self._places.update(zip(params, places, strict=True))
+        return self._places[param]
+
+    def _loaded(self, param: Tensor, group: dict[str, Any]) -> LoadedState:
+        """The whole state of a parameter, made where there is none yet."""
+        rule = self.rule_of(param, group)
+        slots = rule.slots(shape_of(param))
+        return LoadedState(self._stored(param, group, rule), self._codecs(param, group, rule), slots, WHOLE)
+
+    def _keep_refreshes(self) -> None:
+        """After a step left out: the next has its number and must not refresh again, nor after a resume.
+
+        A refresh that changed nothing, as that of a gradient which is not finite, is tried again.
+        """
+        for param, step in list(self._refreshed.items()):
+            if step != self._steps[param] + 1:
+                continue
+            if param in self._refreshed_in_vain:
+                del self._refreshed[param]
+            else:
+                self.state[param][REFRESHED] = torch.tensor(float(step))
