@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+
+from model_shapes import MODELS
 
 from lowmem.memory.architecture import Architecture
 from lowmem.memory.cards import CONTEXT_BYTES, USABLE
@@ -23,26 +24,6 @@ from lowmem.recipe.load import load_recipe
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
 CARDS = (8, 12, 16, 24, 48, 80)
-
-
-def llama(
-    layers: int, width: int, mlp: int, heads: int, kv: int, vocabulary: int, tied: bool = False
-) -> dict[str, Any]:
-    return {
-        "model_type": "llama", "num_hidden_layers": layers, "hidden_size": width, "intermediate_size": mlp,
-        "num_attention_heads": heads, "num_key_value_heads": kv, "vocab_size": vocabulary, "tie_word_embeddings": tied,
-        "max_position_embeddings": 4096,
-    }  # fmt: skip
-
-
-MODELS = {
-    "Llama-3.2-1B": llama(16, 2048, 8192, 32, 8, 128256, tied=True),
-    "Llama-3.2-3B": llama(28, 3072, 8192, 24, 8, 128256, tied=True),
-    "LLaMA-2-7B": llama(32, 4096, 11008, 32, 32, 32000),
-    "Llama-3.1-8B": llama(32, 4096, 14336, 32, 8, 128256),
-    "LLaMA-2-13B": llama(40, 5120, 13824, 40, 40, 32000),
-    "LLaMA-2-70B": llama(80, 8192, 28672, 64, 8, 32000),
-}
 WORK = [
     "model.dtype=bfloat16", "data.packing=false", "data.max_length=1024", "train.per_device_batch_size=1",
     "train.gradient_accumulation_steps=1", "train.activation_checkpointing=true",

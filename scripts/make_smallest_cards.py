@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from model_shapes import MODELS
 
 import lowmem
 from lowmem.memory.cards import card, fits
@@ -24,24 +25,6 @@ from lowmem.memory.cards import card, fits
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
 
-
-def llama(
-    layers: int, width: int, mlp: int, heads: int, kv: int, vocabulary: int, tied: bool = False
-) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": layers, "hidden_size": width,
-        "intermediate_size": mlp, "num_attention_heads": heads, "num_key_value_heads": kv, "vocab_size": vocabulary,
-        "tie_word_embeddings": tied, "max_position_embeddings": 4096, "head_dim": width // heads,
-    }  # fmt: skip
-
-
-MODELS = {
-    "Llama-3.2-1B": llama(16, 2048, 8192, 32, 8, 128256, tied=True),
-    "LLaMA-2-7B": llama(32, 4096, 11008, 32, 32, 32000),
-    "Llama-3.1-8B": llama(32, 4096, 14336, 32, 8, 128256),
-    "LLaMA-2-13B": llama(40, 5120, 13824, 40, 40, 32000),
-    "LLaMA-2-70B": llama(80, 8192, 28672, 64, 8, 32000),
-}
 WORK = (
     "model.dtype=bfloat16", "data.packing=false", "train.activation_checkpointing=true", "train.max_grad_norm=null",
 )  # fmt: skip

@@ -3,7 +3,7 @@
     python scripts/update_plan_example.py
 
 The models' configurations are written to a scratch folder, so that nothing is downloaded: of each the shape in
-`make_fit_picture.py`.
+`model_shapes.py`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import contextlib
 import io
 import json
 import os
-import runpy
 import tempfile
 from pathlib import Path
+
+from model_shapes import MODELS
 
 from lowmem.cli.main import main as lowmem
 
@@ -28,11 +29,10 @@ EXAMPLES = {
 
 def plan_section(name: str, command: str) -> str:
     """The command and what it prints for the model `name`, in Markdown."""
-    config = runpy.run_path(str(ROOT / "scripts" / "make_fit_picture.py"))["MODELS"][name]
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
         model = Path(name)
         model.mkdir()
-        (model / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
+        (model / "config.json").write_text(json.dumps(MODELS[name]))
         os.symlink(ROOT / "recipes", "recipes")
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
