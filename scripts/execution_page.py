@@ -79,7 +79,9 @@ is M times the traffic of `plain`.
 gradients where there are any, whole ones otherwise; the same in `plain` and `project`. `full` limits the norm of the
 whole gradients. `tensor` clips every gradient by itself, to a root mean square of max_grad_norm / sqrt(all trained
 values): the norm of all is then at most max_grad_norm, and no gradient has to wait for another, so `fused` can do it.
-Logged as `grad_norm` is the norm before clipping; one that cannot be known is left out, never 0.
+Logged are norms before clipping: `applied_grad_norm` of what the rules use, `full_grad_norm` of the whole gradients, and
+`grad_norm`, the one that is clipped by, or else the one that is known. A norm that cannot be known is null in
+`metrics.jsonl` and left out of a Trainer's log, never 0.
 
 **Refreshing a basis.** A parameter's first basis is fitted to the gradient of the first micro-batch. Later ones are fitted
 to the whole gradient of the step (`refresh_from: boundary`), for which `project` keeps the gradients of the few matrices

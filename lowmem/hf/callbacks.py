@@ -76,13 +76,13 @@ class RunLog(TrainerCallback):
         assert self.progress is not None
         self._pause()
         elapsed = self.seconds - self.row_seconds
-        grad_norm = logs.get("grad_norm")
+        norms = {name: logs.get(name) for name in ("grad_norm", "applied_grad_norm", "full_grad_norm")}
         row = {
             "step": state.global_step,
             "epoch": logs["epoch"],
             "loss": logs["loss"],
             "lr": logs["learning_rate"],
-            "grad_norm": None if grad_norm is None else float(grad_norm),
+            **{name: None if norm is None else float(norm) for name, norm in norms.items()},
             "tokens": logs["tokens"],
             "tokens_per_second": (logs["tokens"] - self.row_tokens) / elapsed if elapsed > 0 else None,
             "peak_allocated_bytes": self.peak_bytes(),

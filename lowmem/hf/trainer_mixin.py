@@ -152,6 +152,13 @@ class LowMemTrainerMixin:
             self._skipped_in_a_row = 0
         return norm
 
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Add the norms of the last step that are known, before clipping, under their names."""
+        if "loss" in logs:
+            norms = {"applied_grad_norm": self.norms.applied, "full_grad_norm": self.norms.full}
+            logs |= {name: norm.item() for name, norm in norms.items() if norm is not None}
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
     def _says_where_to_go_on(self) -> str:
         newest = get_last_checkpoint(self.args.output_dir)  # type: ignore[attr-defined]
         return "There is no checkpoint yet." if newest is None else f"The last checkpoint is {newest}."

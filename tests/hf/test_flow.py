@@ -77,7 +77,8 @@ def test_training_rows_hold_every_measure(finished):
     _, run = finished
     rows = [row for row in rows_of(run) if "loss" in row]
     assert [row["step"] for row in rows] == [2, 4, 6, 7], "each log_every steps, and the last"
-    keys = "step epoch loss lr grad_norm tokens tokens_per_second peak_allocated_bytes seconds"
+    norms = "grad_norm applied_grad_norm full_grad_norm"
+    keys = f"step epoch loss lr {norms} tokens tokens_per_second peak_allocated_bytes seconds"
     assert all(list(row) == keys.split() for row in rows)
     assert all(row["tokens_per_second"] > 0 and row["peak_allocated_bytes"] > 0 for row in rows)
     assert rows[0]["tokens"] < rows[1]["tokens"] < rows[-1]["tokens"]

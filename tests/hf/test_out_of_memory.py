@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import resource
 
 import pytest
 import torch
@@ -43,6 +44,21 @@ def test_the_parts_of_the_plan_and_changes_that_would_fit_are_named(recipe):
     for change in changes:
         with_it = lowmem.plan(recipe_with(recipe, change.split()), gpu="24GiB", formula=True)
         assert with_it.fits, change
+
+
+def test_without_a_gpu_the_changes_are_those_that_fit_what_the_process_may_have(recipe, monkeypatch):
+    monkeypatch.setattr("lowmem.hf.out_of_memory.card_memory", lambda: None)
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (20 * GIB, before[1]))
+    try:
+        text = out_of_memory_advice(recipe, ERROR)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+    assert "this process may have 20.00 GiB of the host's memory" in text
+    changes = text.partition("Would fit: ")[2].partition(". lowmem plan")[0].split("; ")
+    assert 1 <= len(changes) <= 3
+    for change in changes:
+        assert lowmem.plan(recipe_with(recipe, change.split()), gpu="20GiB", formula=True).fits, change
 
 
 def recipe_with(recipe, overrides):

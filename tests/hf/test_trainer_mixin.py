@@ -73,17 +73,43 @@ def same(one, other, tolerance=0.0) -> bool:
     return all((a - b).abs().max().item() <= tolerance for a, b in pairs)
 
 
+def logged(trainer, name: str) -> list[float]:
+    return [row[name] for row in trainer.state.log_history if name in row]
+
+
 def test_accumulation_clipping_and_schedule_work_in_project_as_in_plain(tmp_path):
     how = {"gradient_accumulation_steps": 3, "max_grad_norm": 0.1}
     plain = trained(tmp_path, execution="plain", **how)
     project = trained(tmp_path, execution="project", **how)
     assert project.execution.mode == "project"
     assert same(plain, project, tolerance=1e-5)
-    norms = [row["grad_norm"] for row in project.state.log_history if "grad_norm" in row]
+    norms = logged(project, "grad_norm")
     assert len(norms) == 10
     assert min(norms) > 0.1, "the norm before clipping, and the clipping has bitten"
-    other = [row["grad_norm"] for row in plain.state.log_history if "grad_norm" in row]
-    assert norms == pytest.approx(other, rel=1e-4)
+    assert norms == pytest.approx(logged(plain, "grad_norm"), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("execution", "micro_batches", "known"),
+    [
+        ("plain", 3, {"applied", "full"}),
+        ("project", 1, {"applied", "full"}),
+        ("project", 3, {"applied"}),  # norms of parts of a sum do not add up
+        ("fused", 1, set()),
+    ],
+)
+def test_the_norms_that_can_be_known_are_logged_under_their_names(tmp_path, execution, micro_batches, known):
+    max_norm = 0 if execution == "fused" else 0.1
+    how = {"gradient_accumulation_steps": micro_batches, "max_grad_norm": max_norm}
+    ours = trained(tmp_path, execution=execution, **how)
+    assert {of for of in ("applied", "full") if logged(ours, f"{of}_grad_norm")} == known
+    by_torch = trained(tmp_path, "adamw", execution="plain", **how)  # the same gradients at the first step
+    if "full" in known:
+        first = logged(by_torch, "grad_norm")[0]
+        assert logged(ours, "full_grad_norm")[0] == pytest.approx(first, rel=1e-4)
+        assert logged(ours, "applied_grad_norm")[0] < first, "a projection makes it shorter"
+    if "applied" in known:
+        assert logged(ours, "applied_grad_norm") == logged(ours, "grad_norm")
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
