@@ -9,6 +9,8 @@ import torch
 
 from lowmem.numerics.linalg import canonical_signs, leading_subspace, top_singular_vectors
 from lowmem.optim import AdamW, GaLore
+from lowmem.optim.registry import optimizer_class
+from tests.optim.cases import FLOAT
 
 
 def slow_spectrum(m, n, k, power, seed=0):
@@ -162,9 +164,14 @@ def test_it_agrees_with_galore_torch_where_that_is_right():
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_a_decomposition_that_does_not_converge_keeps_the_old_basis_and_is_counted(monkeypatch, caplog):
+@pytest.mark.parametrize(("projection", "decomposition"), [("svd", "svd"), ("subspace", "eigh")])
+@pytest.mark.parametrize("name", ["galore", "q_galore"])
+def test_a_decomposition_that_does_not_converge_keeps_the_old_basis_and_is_counted(
+    monkeypatch, caplog, name, projection, decomposition
+):
     weight = torch.nn.Parameter(torch.randn(12, 20, generator=torch.Generator().manual_seed(0)))
-    optimizer = GaLore([("mlp.weight", weight)], lr=1e-2, rank=4, refresh_every=2, projection="svd")
+    settings = dict(lr=1e-2, rank=4, refresh_every=2, projection=projection, storage=FLOAT)
+    optimizer = optimizer_class(name)([("mlp.weight", weight)], **settings)
 
     def step(number: int) -> None:
         weight.grad = torch.randn(12, 20, generator=torch.Generator().manual_seed(number))
@@ -175,16 +182,16 @@ def test_a_decomposition_that_does_not_converge_keeps_the_old_basis_and_is_count
     basis = optimizer.state[weight]["basis"].clone()
 
     def fails(*args, **kwargs):
-        raise torch.linalg.LinAlgError("linalg.svd: the algorithm failed to converge")
+        raise torch.linalg.LinAlgError(f"linalg.{decomposition}: the algorithm failed to converge")
 
     with monkeypatch.context() as broken:
-        broken.setattr(torch.linalg, "svd", fails)
+        broken.setattr(torch.linalg, decomposition, fails)
         before = weight.detach().clone()
         step(2)
     assert torch.equal(optimizer.state[weight]["basis"], basis)
     assert not torch.equal(weight, before), "the step itself is made"
     assert optimizer.failed_refreshes == {"mlp.weight": 1}
-    assert "the old basis of mlp.weight stays: linalg.svd" in caplog.text
+    assert f"the old basis of mlp.weight stays: linalg.{decomposition}" in caplog.text
     step(3)
     step(4)
     assert not torch.equal(optimizer.state[weight]["basis"], basis)

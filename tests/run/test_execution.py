@@ -221,6 +221,23 @@ def test_the_accumulator_has_the_dtype_that_was_asked_for(accumulator):
     assert len(optimizer.projected) == 2 * DEPTH
 
 
+def test_an_accumulator_in_bfloat16_holds_the_sum_of_projected_gradients_to_its_precision():
+    micro_batches = batches(1, 4)[0]
+    sums = {}
+    for accumulator in ("bf16", "fp32"):
+        model = net(torch.float32)
+        optimizer = optimizer_for(("galore", {"rank": 4, "accumulator": accumulator}), model)
+        execution = execution_for("project", optimizer, model)
+        for number, ids in enumerate(micro_batches):
+            execution.begin_micro_batch(is_first=number == 0, is_last=number == 3)
+            model(ids).backward()
+        sums[accumulator] = list(optimizer.projected.values())
+    assert len(sums["bf16"]) == 2 * DEPTH
+    for low, full in zip(sums["bf16"], sums["fp32"], strict=True):
+        error = (low.double() - full.double()).norm() / full.double().norm()
+        assert 0 < error < 4 * 2**-8, "rounded at each of four additions, and no worse"
+
+
 # ------------------------------------------------------------------ clipping
 
 

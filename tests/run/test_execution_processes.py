@@ -36,13 +36,25 @@ COMBINATIONS = [
 ]
 
 
+RECOMPUTED = [
+    (mode, case, 3, clip, "activation checkpointing")
+    for mode, case, clip in (
+        ("plain", GALORE, None),
+        ("project", GALORE, "applied"),
+        ("fused", GALORE, None),
+        ("fused", ("sgd", {"momentum": 0.9}), None),
+    )
+]
+BY_WHOLE_NORM = [("plain", case, 3, "full") for case in (GALORE, ("adamw", {}))]
+
+
 def halves(step: list[torch.Tensor], rank: int) -> list[torch.Tensor]:
     return [ids[rank::WORLD] for ids in step]
 
 
 def trained(combination, wrap, data):
-    mode, case, micro_batches, clip = combination
-    model = net()
+    mode, case, micro_batches, clip, *also = combination
+    model = net(recompute=bool(also))
     optimizer = optimizer_for(case, model)
     settings = {} if clip is None else {"clip": clip, "max_norm": 0.05}
     execution = execution_for(mode, optimizer, model, **settings)
@@ -126,7 +138,7 @@ def work(rank: int, port: int, out: str) -> None:
             str(combination): trained(
                 combination, DistributedDataParallel, lambda data: [halves(step, rank) for step in data]
             )
-            for combination in COMBINATIONS
+            for combination in (*COMBINATIONS, *RECOMPUTED, *BY_WHOLE_NORM)
         }
         held = {
             way: gradient_bytes_held(way.split(",")[0], name, settings, rank)
@@ -149,7 +161,7 @@ def ranks(tmp_path_factory):
     return [pickle.loads((out / f"{rank}.pickle").read_bytes()) for rank in range(WORLD)]
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids=str)
+@pytest.mark.parametrize("combination", [*COMBINATIONS, *RECOMPUTED, *BY_WHOLE_NORM], ids=str)
 def test_two_processes_make_the_steps_of_one(ranks, combination):
     alone = trained(combination, lambda model: model, lambda data: data)
     zero, one = (found[str(combination)] for found, *_ in ranks)
