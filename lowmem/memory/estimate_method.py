@@ -22,6 +22,7 @@ from lowmem.memory.architecture import Architecture, Parameter
 from lowmem.memory.arrivals import ADD, GO, STAY
 from lowmem.memory.execution_formulas import NOTHING_LEFT, End, Pass, Update, Way, end_of, passes_of
 from lowmem.memory.ledger import ALLOCATION_BYTES, rounded
+from lowmem.memory.low_rank_formulas import projected
 from lowmem.memory.row_gradient_formulas import row_update
 from lowmem.memory.state_formulas import (
     BITSANDBYTES_TABLES_BYTES,
@@ -30,7 +31,7 @@ from lowmem.memory.state_formulas import (
     state_bytes,
     treatments,
 )
-from lowmem.memory.step_formulas import accumulated, projected, update_bytes
+from lowmem.memory.step_formulas import accumulated, update_bytes
 from lowmem.recipe.execution_choice import Mode, Situation, chosen_mode
 from lowmem.recipe.schema import LoraRecipe, Recipe
 

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from lowmem.memory.arrivals import ADD, STAY, Arrival, Arrivals
+from lowmem.memory.low_rank_formulas import Projected
 from lowmem.memory.row_gradient_formulas import RowUpdate
-from lowmem.memory.step_formulas import Accumulated, Projected
+from lowmem.memory.step_formulas import Accumulated
 from lowmem.recipe.execution_choice import Mode
 
 

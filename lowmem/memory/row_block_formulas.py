@@ -19,12 +19,11 @@ from lowmem.memory import update_tiles
 from lowmem.memory.architecture import Shape
 from lowmem.memory.state_formulas import (
     INT8_BLOCK,
-    Settings,
-    StateTensor,
     state_values,
     storage_format,
     stored_itemsize,
 )
+from lowmem.memory.state_tensors import Settings, StateTensor
 from lowmem.memory.update_tiles import saving_bytes
 
 ROW_BLOCKS = frozenset({"adafactor", "sinkgd"})

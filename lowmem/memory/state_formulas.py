@@ -7,11 +7,10 @@
     adafactor   exp_avg_sq_row and exp_avg_sq_col, m + n in float32, or exp_avg_sq N in float32 for what is no matrix;
                 exp_avg N with beta1
     sinkgd      nothing; momentum_buffer N with momentum; as adamw for what is no matrix
-    galore      basis m r, exp_avg r n, exp_avg_sq r n; as adamw where r >= m and for what is no matrix
-    q_galore    as galore, and 3 + similarity_window in float32 while it is lazy
     frugal      chosen k in float32, and inner's state (as adamw, momentum_buffer, exp_avg, or none) on (m, k) or
                 (k, n) of k = density n columns or density m rows; nothing at density 0; inner's state on N at
                 density 1 and for what is no matrix
+    low rank    see `low_rank_states`
 
 and `step`, 4 bytes. A value takes the bytes of its role's storage format:
 
@@ -25,35 +24,19 @@ The tests hold every optimizer equal to `LowMemOptimizer.state_bytes()`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lowmem.errors import RecipeError
 from lowmem.memory.architecture import Parameter, Shape
 from lowmem.memory.ledger import rounded
+from lowmem.memory.low_rank_states import LOW_RANK_STATES
+from lowmem.memory.state_tensors import Settings, State, StateTensor, adamw_state, is_matrix
 from lowmem.recipe.optimizer_table import optimizer_table
 from lowmem.recipe.schema import OptimizerRecipe
 
 STEP_BYTES = 4
-
-Settings = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class StateTensor:
-    """Values of one tensor of state; the role decides their storage format."""
-
-    numel: int
-    role: str = "moment"
-
-
-State = dict[str, StateTensor]
-
-
-def _adamw(settings: Settings, shape: Shape) -> State:
-    numel = math.prod(shape)
-    return {"exp_avg": StateTensor(numel), "exp_avg_sq": StateTensor(numel, "variance")}
 
 
 def _sgd(settings: Settings, shape: Shape) -> State:
@@ -77,24 +60,7 @@ def _adafactor(settings: Settings, shape: Shape) -> State:
 
 
 def _sinkgd(settings: Settings, shape: Shape) -> State:
-    return _sgd(settings, shape) if is_matrix(shape) else _adamw(settings, shape)
-
-
-def _galore(settings: Settings, shape: Shape) -> State:
-    if not is_low_rank(settings, shape):
-        return _adamw(settings, shape)
-    *batch, rows, columns = shape
-    short, long = min(rows, columns), max(rows, columns)
-    basis = StateTensor(math.prod(batch) * short * settings["rank"], "basis")
-    return {"basis": basis, **_adamw(settings, (*batch, settings["rank"], long))}
-
-
-def _q_galore(settings: Settings, shape: Shape) -> State:
-    state = _galore(settings, shape)
-    if not (settings["lazy"] and is_low_rank(settings, shape)):
-        return state
-    window = StateTensor(settings["similarity_window"], "scalar")
-    return {**state, "refresh_schedule": StateTensor(3, "scalar"), "similarities": window}
+    return _sgd(settings, shape) if is_matrix(shape) else adamw_state(settings, shape)
 
 
 _INNER = {
@@ -133,35 +99,23 @@ def _split_side(settings: Settings) -> int:
 
 
 FORMULAS: dict[str, Callable[[Settings, Shape], State]] = {
-    "adamw": _adamw,
+    "adamw": adamw_state,
     "sgd": _sgd,
     "sgd_sai": _sgd_sai,
     "adafactor": _adafactor,
     "sinkgd": _sinkgd,
-    "galore": _galore,
-    "q_galore": _q_galore,
+    **LOW_RANK_STATES,
     "frugal": _frugal,
 }
-"""A new optimizer is one function here, and a name below if it treats matrices only."""
+"""A new optimizer is one function, and a name below if it treats matrices only."""
 
-TREATS_MATRICES = frozenset({"galore", "q_galore", "sinkgd", "frugal"})
+TREATS_MATRICES = frozenset({*LOW_RANK_STATES, "sinkgd", "frugal"})
 """Optimizers that leave all but the targeted matrices to the fallback."""
 
 _FORMAT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 1}
 
 INT8_BLOCK, INT4_GROUP = 256, 128
 """Values that share a scale, as in `lowmem.numerics`; a test holds them equal."""
-
-
-def is_matrix(shape: Shape) -> bool:
-    """Whether a parameter is a matrix, or a batch of them, with more than one row and column."""
-    return len(shape) in (2, 3) and min(shape[-2:]) > 1
-
-
-def is_low_rank(settings: Settings, shape: Shape) -> bool:
-    """Whether a parameter is a matrix, or a batch of them, whose smaller side exceeds `rank`."""
-    rank = settings["rank"]
-    return rank is not None and len(shape) in (2, 3) and min(shape[-2:]) > rank
 
 
 def with_defaults(algorithm: str, settings: Settings) -> dict[str, Any]:

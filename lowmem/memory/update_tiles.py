@@ -6,7 +6,8 @@ levels around each and random numbers; 21 c without them), 6 c in int4; of readi
 
 from __future__ import annotations
 
-from lowmem.memory.state_formulas import Settings, StateTensor, storage_format, stored_itemsize
+from lowmem.memory.state_formulas import storage_format, stored_itemsize
+from lowmem.memory.state_tensors import Settings, StateTensor
 
 TILE_NUMEL = 1 << 21
 """As in `lowmem.numerics.tiles`; a test holds the two equal."""

@@ -24,6 +24,7 @@ from lowmem.hf.tiled_cross_entropy import columns_per_tile as real_columns_per_t
 from lowmem.memory import (
     activation_loss,
     estimate_method,
+    low_rank_formulas,
     row_gradient_formulas,
     state_formulas,
     step_formulas,
@@ -536,8 +537,8 @@ def test_constants_are_those_of_the_code_they_describe():
         assert row_gradient_formulas.rows_in_a_block(shape) == next(tiles.state_row_slices(shape)).stop
     assert (state_formulas.INT8_BLOCK, state_formulas.INT4_GROUP) == (int8_blocks.BLOCK, int4_groups.GROUP)
     assert CUBLAS_BYTES == workspaces.CUBLAS_BYTES
-    assert workspaces._COPIES[torch.ops.aten._linalg_svd.default] == step_formulas.SVD_COPIES
-    assert workspaces._COPIES[torch.ops.aten.linalg_qr.default] == step_formulas.QR_COPIES
+    assert workspaces._COPIES[torch.ops.aten._linalg_svd.default] == low_rank_formulas.SVD_COPIES
+    assert workspaces._COPIES[torch.ops.aten.linalg_qr.default] == low_rank_formulas.QR_COPIES
     one = collate(0)([{"input_ids": [1], "labels": [1]}])
     assert one["input_ids"].shape[1] == PAD_TO
 

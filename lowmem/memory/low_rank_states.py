@@ -1,0 +1,38 @@
+"""State of the optimizers that work in a subspace of each matrix' gradient. Imports no torch.
+
+optimizer   state of a matrix (m, n) with m <= n and rank r < m; of every other parameter as adamw
+galore      basis m r, exp_avg r n, exp_avg_sq r n
+q_galore    as galore, and 3 + similarity_window in float32 while it is lazy
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from lowmem.memory.architecture import Shape
+from lowmem.memory.state_tensors import Settings, State, StateTensor, adamw_state, is_low_rank
+
+
+def _galore(settings: Settings, shape: Shape) -> State:
+    if not is_low_rank(settings, shape):
+        return adamw_state(settings, shape)
+    *batch, rows, columns = shape
+    short, long = min(rows, columns), max(rows, columns)
+    basis = StateTensor(math.prod(batch) * short * settings["rank"], "basis")
+    return {"basis": basis, **adamw_state(settings, (*batch, settings["rank"], long))}
+
+
+def _q_galore(settings: Settings, shape: Shape) -> State:
+    state = _galore(settings, shape)
+    if not (settings["lazy"] and is_low_rank(settings, shape)):
+        return state
+    window = StateTensor(settings["similarity_window"], "scalar")
+    return {**state, "refresh_schedule": StateTensor(3, "scalar"), "similarities": window}
+
+
+LOW_RANK_STATES: dict[str, Callable[[Settings, Shape], State]] = {
+    "galore": _galore,
+    "q_galore": _q_galore,
+}
+"""By the name of the optimizer."""
