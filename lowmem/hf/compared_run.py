@@ -106,10 +106,11 @@ def measure_method(recipe: Recipe, work: Path, variant: str | None, output_dir: 
     model = trainable_model(recipe, device=args.device, probe_batch=data[0], say=notes.append)
     meter = meter_for(model, args.device)
     watch, clock = StepWatch(meter), StepClock()
+    tokens_per_step = num_tokens([data[index] for index in range(len(data))]) / data.num_steps
     trainer = ReplayingTrainer(
         model=model,
         args=args,
-        optimizer_of=lambda trained: _optimizer(trained, recipe, variant),
+        optimizer_of=lambda trained: _optimizer(trained, recipe, variant, tokens_per_step),
         schedule=recipe.train.lr_scheduler,
         train_dataset=data,
         collate=only_item,
@@ -144,9 +145,11 @@ def measure_method(recipe: Recipe, work: Path, variant: str | None, output_dir: 
     }
 
 
-def _optimizer(model: torch.nn.Module, recipe: Recipe, variant: str | None) -> torch.optim.Optimizer:
+def _optimizer(
+    model: torch.nn.Module, recipe: Recipe, variant: str | None, tokens_per_step: float
+) -> torch.optim.Optimizer:
     if variant is None:
-        return make_optimizer(model, recipe)
+        return make_optimizer(model, recipe, tokens_per_step=tokens_per_step)
     settings = recipe.optimizer.settings
     return adamw_variants(settings["lr"], settings["weight_decay"])[variant](model)
 

@@ -7,12 +7,22 @@ from torch import nn
 from lowmem.errors import RecipeError
 from lowmem.numerics.held_weights import nbytes_of, numel_of
 from lowmem.optim import LowMemOptimizer, build_optimizer
+from lowmem.optim.registry import optimizer_class
+from lowmem.recipe.half_life import with_beta2
 from lowmem.recipe.schema import Recipe
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> LowMemOptimizer:
-    """Raises RecipeError for settings that do not fit the model, such as a target without a match."""
+def make_optimizer(
+    model: nn.Module, recipe: Recipe, *, tokens_per_step: float | None = None
+) -> LowMemOptimizer:
+    """tokens_per_step: what a half-life in tokens is divided by; without it, beta2 is the default one.
+
+    Raises RecipeError for settings that do not fit the model, such as a target without a match.
+    """
     chosen = recipe.optimizer
+    if tokens_per_step is not None:
+        rest = "adamw" if optimizer_class(chosen.name).treats_matrices else None
+        chosen = with_beta2(chosen, tokens_per_step, rest=rest)
     settings = {"seed": recipe.train.seed, **chosen.settings}
     try:
         return build_optimizer(model, chosen.name, target=chosen.target, fallback=chosen.fallback, **settings)

@@ -38,6 +38,7 @@ from lowmem.hf.model_setup import model_summary, trainable_model
 from lowmem.hf.peak import PeakSoFar
 from lowmem.hf.recorded_batches import BatchRecorder
 from lowmem.hf.run_folder import RunFolder, checkpoint_to_resume, open_run_folder
+from lowmem.hf.small_batches import remarks, tokens_of_a_step
 from lowmem.hf.trainer import LowMemTrainer
 from lowmem.hf.training_arguments import training_arguments
 from lowmem.memory.measure import meter_for
@@ -123,6 +124,7 @@ def prepare_run(recipe: Recipe, interrupt: Interrupt) -> Run:
     model = trainable_model(recipe, device=args.device, probe_batch=to_batch([rows[shortest]]), say=say)
     say(f"model: {model_summary(model)}")
 
+    tokens_per_step = tokens_of_a_step(recipe, train_rows.summary, args.world_size)
     meter = meter_for(model, args.device)
     watch, batches, stop = StepWatch(meter), BatchRecorder(), StopOnInterrupt(interrupt)
     callbacks: list[TrainerCallback] = [LogLastStep(), MeterBorders(watch)]
@@ -137,7 +139,7 @@ def prepare_run(recipe: Recipe, interrupt: Interrupt) -> Run:
     trainer = LowMemTrainer(
         model=model,
         args=args,
-        optimizer_of=lambda trained: make_optimizer(trained, recipe),
+        optimizer_of=lambda trained: make_optimizer(trained, recipe, tokens_per_step=tokens_per_step),
         schedule=recipe.train.lr_scheduler,
         train_dataset=rows,
         collate=to_batch,
@@ -159,6 +161,8 @@ def prepare_run(recipe: Recipe, interrupt: Interrupt) -> Run:
     state_bytes = optimizer.state_bytes()  # type: ignore[attr-defined]
     say(f"optimizer: {size(state_bytes)} of state\n{indented(describe_groups(optimizer))}")  # type: ignore[arg-type]
     say(trainer.execution_summary)
+    for remark in remarks(recipe, tokens_per_step, args.world_size):
+        say(remark)
     if is_main:
         saved_bytes = trainable_bytes(model) if isinstance(model, PeftModel) else model_bytes(model)
         to_come = checkpoints_to_come(recipe, folder)

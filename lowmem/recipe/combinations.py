@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from lowmem.recipe.half_life import GIVES_BETA2, with_second_moment
 from lowmem.recipe.known_names import builtin_data_sets, chat_templates
 from lowmem.recipe.node import Node
 from lowmem.recipe.problems import Problems, shown
@@ -32,6 +33,7 @@ def check_combinations(root: Node, problems: Problems, *, files_must_exist: bool
         problems.add(merge.place, f"save.merge_lora needs lora:, and there is none. {mend}")
     check_weights(root, problems)
     check_activation_offload(root, problems)
+    check_half_life(root, problems)
     if files_must_exist:
         check_resume(root, problems)
 
@@ -78,6 +80,23 @@ def check_activation_offload(root: Node, problems: Problems) -> None:
         message = "train.activation_offload moves what activation checkpointing keeps, and that is off."
         mend = "Add train.activation_checkpointing: true, or delete train.activation_offload."
         problems.add(offload.place, f"{message} {mend}")
+
+
+def check_half_life(root: Node, problems: Problems) -> None:
+    half_life, name = given(root, "optimizer.beta2_half_life_tokens"), given(root, "optimizer.name")
+    if half_life is None or name is None or not isinstance(name.value, str):
+        return
+    for key in GIVES_BETA2:
+        if given(root, f"optimizer.{key}"):
+            message = f"optimizer.beta2_half_life_tokens gives beta2, and so does optimizer.{key}."
+            problems.add(half_life.place, f"{message} Delete one of them.")
+    fallback = given(root, "optimizer.fallback.name")
+    names = [name.value, *([fallback.value] if fallback else [])]
+    if not set(names) & set(with_second_moment()):
+        message = f"optimizer.beta2_half_life_tokens is for a second moment, and {name.value} has none."
+        problems.add(
+            half_life.place, f"{message} Delete it, or use one of {', '.join(with_second_moment())}."
+        )
 
 
 def check_resume(root: Node, problems: Problems) -> None:

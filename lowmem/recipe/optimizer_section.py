@@ -34,7 +34,7 @@ def read_optimizer(node: Node, dotted: str, problems: Problems) -> OptimizerReci
         arguments["target"] = read_key(annotation, metadata, child, f"{dotted}.target", problems)
         if arguments["target"] == []:
             problems.add(child.place, f"{dotted}.target is empty. Name modules, as in [attn, mlp].")
-    for key in ("clip", "refresh_from"):
+    for key in ("clip", "refresh_from", "beta2_half_life_tokens"):
         if key in node.value:
             annotation, metadata = annotations_of(OptimizerRecipe)[key], SCHEMA_KEYS[key].metadata
             arguments[key] = read_key(annotation, metadata, node.value[key], f"{dotted}.{key}", problems)

@@ -128,6 +128,12 @@ class OptimizerRecipe:
     fallback: dict[str, Any] | None = key(
         None, "another optimizer, {name: ..., its settings}, for embeddings, head, norms and biases"
     )
+    beta2_half_life_tokens: float | None = key(
+        None,
+        "tokens after which a second moment has forgotten half; gives beta2, of the fallback too, from the mean number "
+        "of tokens in a step (arXiv:2507.07101)",
+        above=0,
+    )
     settings: dict[str, Any] = key(dict, "the algorithm's settings; written directly under optimizer:")
 
 

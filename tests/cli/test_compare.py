@@ -118,6 +118,7 @@ def test_another_optimizer_has_its_defaults_and_the_recipes_rate() -> None:
         "clip": "applied",
         "refresh_from": "boundary",
         "fallback": None,
+        "beta2_half_life_tokens": None,
     }
     assert found["adamw"] == (None, {**own, "settings": {"lr": 1e-3}})
     assert found["sgd_sai:lr=3e-5,momentum=0.8"][1]["settings"] == {"lr": 3e-5, "momentum": 0.8}

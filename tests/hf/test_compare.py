@@ -257,10 +257,10 @@ def test_a_launch_of_several_processes_is_refused(methods_of, monkeypatch):
 def test_a_method_that_fails_has_its_reason_and_the_others_go_on(methods_of, monkeypatch, processes):
     real = lowmem.hf.compared_run.make_optimizer
 
-    def make_optimizer(model, recipe):
+    def make_optimizer(model, recipe, **tokens):
         if recipe.optimizer.name == "sgd":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
-        return real(model, recipe)
+        return real(model, recipe, **tokens)
 
     monkeypatch.setattr(lowmem.hf.compared_run, "make_optimizer", make_optimizer)
     said = []

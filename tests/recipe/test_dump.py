@@ -152,6 +152,7 @@ def test_a_dump_is_plain_yaml_in_the_layout_of_a_recipe() -> None:
         "clip": "applied",
         "refresh_from": "boundary",
         "fallback": {"name": "adamw"},
+        "beta2_half_life_tokens": None,
     }
     assert document["data"]["train"] == {"builtin": "arithmetic"}
     assert document["train"]["max_steps"] is None

@@ -64,7 +64,10 @@ def test_a_setting_of_another_optimizer_says_whose_it_is() -> None:
 def test_a_misspelt_setting_is_not_answered_with_one_that_this_optimizer_lacks() -> None:
     (problem,) = problems_of(with_optimizer("name: adamw, lr: 1, ranks: 4"))
     assert "optimizer.rank?" not in problem
-    assert "Keys of optimizer: name, target, clip, refresh_from, fallback, lr, betas" in problem
+    assert (
+        "Keys of optimizer: name, target, clip, refresh_from, fallback, beta2_half_life_tokens, lr, betas"
+        in problem
+    )
 
 
 def test_the_learning_rate_is_required_but_a_fallback_takes_the_main_one() -> None:

@@ -1,0 +1,55 @@
+"""The decay of a second moment, given in tokens instead of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from lowmem.recipe.optimizer_table import optimizer_table
+from lowmem.recipe.schema import OptimizerRecipe
+
+GIVES_BETA2 = ("betas", "beta2")
+"""Settings that hold a beta2."""
+
+
+def beta2_of(half_life_tokens: float, tokens_per_step: float) -> float:
+    """beta2 with which a squared gradient counts half after `half_life_tokens` more tokens.
+
+        beta2^(half_life / tokens of a step) = 1/2
+
+    Source: Marek et al., "Small Batch Size Training for Language Models", arXiv:2507.07101: with the half-life kept,
+    and not beta2, small batches train as stably as large ones.
+    """
+    return float(0.5 ** (tokens_per_step / half_life_tokens))
+
+
+def with_beta2(chosen: OptimizerRecipe, tokens_per_step: float, *, rest: str | None) -> OptimizerRecipe:
+    """`chosen` with the beta2 that its half-life means, for its own rule and for that of the other parameters.
+
+    rest: the optimizer that these take where the recipe names no fallback, None where there are none. A fallback
+    with a beta2 of its own keeps it, and one without a second moment has none.
+    """
+    if chosen.beta2_half_life_tokens is None:
+        return chosen
+    beta2 = beta2_of(chosen.beta2_half_life_tokens, tokens_per_step)
+    fallback = chosen.fallback or (None if rest is None else {"name": rest})
+    if fallback is not None:
+        own = {key: value for key, value in fallback.items() if key != "name"}
+        fallback = {"name": fallback["name"], **_with(fallback["name"], own, beta2)}
+    settings = _with(chosen.name, chosen.settings, beta2)
+    return replace(chosen, settings=settings, fallback=fallback)
+
+
+def with_second_moment() -> list[str]:
+    """The optimizers with a beta2 that a half-life can give."""
+    return [name for name, entry in optimizer_table().items() if entry["settings"].keys() & set(GIVES_BETA2)]
+
+
+def _with(name: str, settings: Mapping[str, Any], beta2: float) -> dict[str, Any]:
+    known = optimizer_table()[name]["settings"]
+    if any(settings.get(key) is not None for key in GIVES_BETA2):
+        return dict(settings)
+    if "betas" in known:
+        return {**settings, "betas": [known["betas"]["default"][0], beta2]}
+    return {**settings, "beta2": beta2} if "beta2" in known else dict(settings)
