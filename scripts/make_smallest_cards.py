@@ -60,6 +60,12 @@ class Row:
         ]
 
 
+ALSO = {
+    "train.activation_offload=true": ", activations on the host",
+    "train.execution=project": ", gradients projected and kept",
+}
+"""What a row's other overrides are called in the table."""
+
 Q_GALORE = "name: q_galore, accumulator: bf16, " + FACTORED
 # fmt: off
 ROWS = (
@@ -69,6 +75,8 @@ ROWS = (
         also=("train.activation_offload=true",)),
     Row("7b-q1024-accumulated", "LLaMA-2-7B", f"{Q_GALORE}, rank: 1024", 16, 256, "16GiB", micro_batches=16),
     Row("7b-q256", "LLaMA-2-7B", f"{Q_GALORE}, rank: 256", 1, 1024, "12GiB"),
+    Row("7b-q256-project", "LLaMA-2-7B", f"{Q_GALORE}, rank: 256", 1, 1024, "12GiB",
+        also=("train.execution=project",)),
     Row("7b-q256-accumulated", "LLaMA-2-7B", f"{Q_GALORE}, rank: 256", 1, 1024, "12GiB", micro_batches=16),
     Row("7b-sinkgd", "LLaMA-2-7B", f"name: sinkgd, {FACTORED}", 1, 512, "8GiB"),
     Row("7b-adafactor", "LLaMA-2-7B", "name: adafactor", 1, 512, "8GiB"),
@@ -132,10 +140,10 @@ def markdown(document: dict[str, Any]) -> str:
         entry = found[row.name]
         tokens = " x ".join(str(n) for n in (row.micro_batches, row.batch, row.tokens) if n > 1)
         optimizer = row.optimizer.replace("name: ", "").replace("accumulator: bf16, ", "")
-        offload = ", activations on the host" if row.also else ""
+        also = "".join(ALSO[each] for each in row.also)
         verdict = f"{row.card.removesuffix('GiB')} GiB: {'fits' if entry['fits'] else 'does not fit'}"
         lines.append(
-            f"| {row.model} | {optimizer}{offload} | {weights_of(row)} | {tokens} | {entry['peak_bytes'] / GIB:.2f} | "
+            f"| {row.model} | {optimizer}{also} | {weights_of(row)} | {tokens} | {entry['peak_bytes'] / GIB:.2f} | "
             f"{entry['reserved_bytes'] / GIB:.2f} | {verdict} | {row.others} |"
         )
     return "\n".join([*lines, "", "Conditions: " + json.dumps(document["conditions"]), ""])
