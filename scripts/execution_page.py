@@ -85,7 +85,8 @@ Logged are norms before clipping: `applied_grad_norm` of what the rules use, `fu
 
 **Refreshing a basis.** A parameter's first basis is fitted to the gradient of the first micro-batch. Later ones are fitted
 to the whole gradient of the step (`refresh_from: boundary`), for which `project` keeps the gradients of the few matrices
-whose turn it is until the last micro-batch, or to that of the first micro-batch (`first_micro_batch`).
+whose turn it is until the last micro-batch, or to that of the first micro-batch (`first_micro_batch`). An
+optimizer that needs the whole gradient beside its projection, as Fira does, fits every basis to that.
 
 **Not finite.** `plain` and `project` leave out the whole step. `fused` leaves out the gradients concerned, or all of the
 micro-batch when its loss is not finite, before they touch a weight or a momentum; what the step's other micro-batches

@@ -9,6 +9,9 @@ For a matrix (m, n) with m <= n of rank r, tiles of t values, a width of w = r +
     compare      where it is lazy: both bases 4 m r each, and two float32 copies of a tile of the gradient, or
                  a transposed basis 4 m r, R 4 r n and a copy of one
 
+    residual     fira: as inner Adam, and a tile of S 4 t; written as a tile of the direction 4 t, moments and what
+                 it is made of 4 r n each, and the tile's weight, noise, rounded copy 10 t
+
 State that is float32 already is used as it is.
 """
 
@@ -24,7 +27,7 @@ from lowmem.memory.state_formulas import state_values, stored_itemsize, with_def
 from lowmem.memory.state_tensors import Settings, StateTensor, is_low_rank
 from lowmem.memory.update_tiles import saving_bytes
 
-LOW_RANK = frozenset({"galore", "q_galore"})
+LOW_RANK = frozenset({"galore", "q_galore", "fira"})
 """Optimizers of which this page knows what a matrix takes."""
 
 OVERSAMPLE = 16
@@ -34,11 +37,16 @@ SVD_COPIES, QR_COPIES = 3, 2
 """Workspaces on CUDA, in float32 copies of the matrix, as `lowmem.memory.workspaces` states them."""
 
 
-def low_rank_bytes(settings: Settings, shape: Shape, itemsize: int, *, on_cuda: bool) -> int:
+PROJECTED = LOW_RANK - {"fira"}
+"""Those of them that see the gradient through its projection only."""
+
+
+def low_rank_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: int, *, on_cuda: bool) -> int:
     """Temporaries at the fullest moment of updating a matrix or a batch of matrices, a refresh included."""
     project = _project_bytes(settings, shape, itemsize)
     inner = _projected_update_bytes(settings, shape, itemsize, holds_gradient=True)
-    return max(project, inner, _refresh_bytes(settings, shape, itemsize, on_cuda))
+    residual = 0 if algorithm in PROJECTED else _residual_bytes(settings, shape, itemsize)
+    return max(project, inner, residual, _refresh_bytes(settings, shape, itemsize, on_cuda))
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ def projected(
 ) -> Projected | None:
     """None for a parameter whose rule needs the whole gradient."""
     settings = with_defaults(algorithm, settings)
-    if algorithm not in LOW_RANK or not is_low_rank(settings, shape):
+    if algorithm not in PROJECTED or not is_low_rank(settings, shape):
         return None
     _, long, rank = _sizes(settings, shape)
     stored = {"param": itemsize, "bf16": 2, "fp32": 4}[settings["accumulator"]]
@@ -100,9 +108,7 @@ def _projected_update_bytes(settings: Settings, shape: Shape, itemsize: int, *, 
     short, long, rank = _sizes(settings, shape)
     tile = min(short * long, update_tiles.TILE_NUMEL)
     low = 4 * rank * long
-    loaded = _copies(
-        settings, shape, itemsize, {"basis": 4 * short * rank, "exp_avg": low, "exp_avg_sq": low}
-    )
+    loaded = _loaded_bytes(settings, shape, itemsize)
     rounds = 6 if settings["rounding"] == "stochastic" else 0
     saving = [
         saving_bytes(each, settings, itemsize, rank * long)
@@ -113,6 +119,28 @@ def _projected_update_bytes(settings: Settings, shape: Shape, itemsize: int, *, 
     saved = loaded + low + max(saving)
     written = loaded + low + ((4 + rounds) * tile if itemsize < 4 else 0)
     return max(inner, saved, written)
+
+
+def _residual_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
+    """From the projected gradient to the written weight where a direction is made a tile at a time."""
+    _, long, rank = _sizes(settings, shape)
+    tile, low = _tile_of_rows(shape), 4 * rank * long
+    narrow = (4 + (6 if settings["rounding"] == "stochastic" else 0)) * tile if itemsize < 4 else 0
+    return _loaded_bytes(settings, shape, itemsize) + low + 4 * (tile + long) + max(low, narrow)
+
+
+def _loaded_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
+    """Of basis and moments in float32."""
+    short, long, rank = _sizes(settings, shape)
+    low = 4 * rank * long
+    sizes = {"basis": 4 * short * rank, "exp_avg": low, "exp_avg_sq": low}
+    return _copies(settings, shape, itemsize, sizes)
+
+
+def _tile_of_rows(shape: Shape) -> int:
+    """Values in the rows of a matrix that are worked on at one time."""
+    *_, rows, columns = shape
+    return min(rows, max(1, update_tiles.TILE_NUMEL // columns)) * columns
 
 
 def _copies(settings: Settings, shape: Shape, itemsize: int, sizes: dict[str, int]) -> int:

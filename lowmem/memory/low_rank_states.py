@@ -3,6 +3,7 @@
 optimizer   state of a matrix (m, n) with m <= n and rank r < m; of every other parameter as adamw
 galore      basis m r, exp_avg r n, exp_avg_sq r n
 q_galore    as galore, and 3 + similarity_window in float32 while it is lazy
+fira        as galore, and 1 of each matrix in float32, unless growth_limit is None
 """
 
 from __future__ import annotations
@@ -31,8 +32,16 @@ def _q_galore(settings: Settings, shape: Shape) -> State:
     return {**state, "refresh_schedule": StateTensor(3, "scalar"), "similarities": window}
 
 
+def _fira(settings: Settings, shape: Shape) -> State:
+    state = _galore(settings, shape)
+    if settings["growth_limit"] is None or not is_low_rank(settings, shape):
+        return state
+    return {**state, "residual_norm": StateTensor(math.prod(shape[:-2]), "scalar")}
+
+
 LOW_RANK_STATES: dict[str, Callable[[Settings, Shape], State]] = {
     "galore": _galore,
     "q_galore": _q_galore,
+    "fira": _fira,
 }
 """By the name of the optimizer."""

@@ -32,7 +32,7 @@ def update_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: int
     """Bytes of temporaries at the fullest moment of updating a parameter, a refresh included."""
     settings = with_defaults(algorithm, settings)
     if algorithm in LOW_RANK and is_low_rank(settings, shape):
-        return low_rank_bytes(settings, shape, itemsize, on_cuda=on_cuda)
+        return low_rank_bytes(algorithm, settings, shape, itemsize, on_cuda=on_cuda)
     if algorithm in ROW_BLOCKS and is_matrix(shape):
         return row_block_bytes(algorithm, settings, shape, itemsize)
     if algorithm == "frugal" and frugal_rule(settings, shape) == "split":

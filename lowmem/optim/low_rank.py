@@ -119,10 +119,15 @@ class LowRank(Rule):
     def _direction(
         self, R: Tensor, shape: Shape, P: Tensor, state: State, ctx: Context
     ) -> tuple[Direction, dict[str, Tensor]]:
-        N, inner_state = self.inner.update(R, self._inner_state(state), self._inner_context(ctx))
-        assert isinstance(N, Tensor)
+        N, inner_state = self._inner_step(R, state, ctx)
         left, right = (P, N) if shape[-2] < shape[-1] else (N.mT, P.mT)
         return Factors(left, right, self.scale), inner_state
+
+    def _inner_step(self, R: Tensor, state: State, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        """inner's direction in the subspace, and its new state."""
+        N, inner_state = self.inner.update(R, self._inner_state(state), self._inner_context(ctx))
+        assert isinstance(N, Tensor)
+        return N, inner_state
 
     def _fit(self, G: Tensor, start: Tensor | None, ctx: Context) -> Tensor:
         generator = ctx.generator(G.device, "basis")
@@ -155,7 +160,11 @@ class LowRank(Rule):
         return ctx.at_step(self.refresh_every.steps_since(ctx)) if self.on_refresh == "reset" else ctx
 
     def _inner_state(self, state: State) -> State:
-        return _Without(state, {BASIS, *self.refresh_every.slots()})
+        return _Without(state, self._not_inner())
+
+    def _not_inner(self) -> set[str]:
+        """The slots that are not inner's."""
+        return {BASIS, *self.refresh_every.slots()}
 
     def _reset(self, state: State) -> dict[str, Tensor]:
         return {name: torch.zeros_like(value) for name, value in self._inner_state(state).items()}

@@ -18,6 +18,7 @@ OPTIMIZERS = {
     "sinkgd": "lowmem.optim.algorithms.sinkgd:SinkGD",
     "galore": "lowmem.optim.algorithms.galore:GaLore",
     "q_galore": "lowmem.optim.algorithms.q_galore:QGaLore",
+    "fira": "lowmem.optim.algorithms.fira:Fira",
     "frugal": "lowmem.optim.algorithms.frugal:FRUGAL",
 }
 

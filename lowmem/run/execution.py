@@ -198,8 +198,11 @@ class Execution:
             self.on_gradient(param)
 
     def _refreshes_from_this_micro_batch(self, param: Tensor) -> bool:
-        """Whether a basis is due that comes from the first micro-batch and not from the whole step's gradient."""
-        if not self._is_first or self._is_boundary_only:
+        """Whether a basis is due that comes from the first micro-batch and not from the whole step's gradient.
+
+        A rule that needs the whole gradient anyway has its basis from that.
+        """
+        if not self._is_first or self._is_boundary_only or not self.is_projected(param):
             return False
         ctx = self.optimizer.coming_context(param, self.group_of(param))
         is_due = self.optimizer.rule_of(param, self.group_of(param)).refresh_is_due(ctx)

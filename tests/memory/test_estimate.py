@@ -518,7 +518,7 @@ def owned(param, optimizer):
 def is_refreshed_only_once(name: str, settings: dict, shape: tuple[int, ...]) -> bool:
     """The second step has no refresh, and the formula's number is of one that has."""
     return name == "sgd_sai" or (
-        name in ("galore", "q_galore") and len(shape) == 2 and settings.get("rank", 128) < 96
+        name in ("galore", "q_galore", "fira") and len(shape) == 2 and settings.get("rank", 128) < 96
     )
 
 

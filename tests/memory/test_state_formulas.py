@@ -29,6 +29,7 @@ SHAPES = [(1,), (7,), (300,), (64, 64), (33, 130), (130, 33), (129, 40), (3, 40,
 VARIED = {
     "momentum": [0.0, 0.9],
     "beta1": [0.0, 0.9],
+    "growth_limit": [None, 1.01],
     "rank": [None, 1, 32, 200],
     "density": [0.0, 0.01, 0.3, 1.0],
     "inner": ["adam", "lion", "momentum", "sign"],

@@ -46,6 +46,10 @@ SETTINGS: dict[str, list[dict]] = {
             "storage": FLOAT,
         },
     ],
+    "fira": [
+        {"rank": 4, "refresh_every": 7, "weight_decay": 0.1, "scale": 0.25},
+        {"rank": 4, "refresh_every": 7, "compat": True, "scale": 0.5, "on_refresh": "rotate"},
+    ],
     "frugal": [
         {"refresh_every": 7, "weight_decay": 0.1},
         {"refresh_every": 7, "projection": "rows", "density": 0.4, "residual": "sgd", "residual_scale": 1.0},

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem.numerics.seeding import seeded_choice
 from lowmem.optim import FRUGAL, AdamW, build_optimizer
+from tests.optim.device_calls import WAITS, Calls
 from tests.optim.live_bytes import PeakOfNewBytes
 
 MIB = 1 << 20
@@ -194,19 +194,6 @@ def test_a_step_holds_a_few_tiles_also_at_a_switch(settings):
         with PeakOfNewBytes() as seen:
             optimizer.step()
         assert seen.peak <= 40 * MIB
-
-
-class Calls(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-WAITS = {"_local_scalar_dense", "nonzero", "lift_fresh", "masked_select", "unique", "item"}
 
 
 @each_side
