@@ -27,6 +27,7 @@ from lowmem.memory.simulate import SimulatedMeter, Simulation
 from lowmem.memory.simulated_host import SimulatedHost
 from lowmem.numerics.held_weights import nbytes_of, numel_of
 from lowmem.optim.engine import LowMemOptimizer
+from lowmem.optim.fullest_turn import pretend_fullest_turn_
 from lowmem.optim.without_values import pretend_until_refresh_
 from lowmem.recipe.schema import Recipe
 from lowmem.run.activation_offload import OffloadedInputs
@@ -123,7 +124,11 @@ def simulate_run(
 
 
 class RefreshInLastStep(TrainerCallback):
-    """Moves the optimizer's counters so that the last step is one with a refresh, and names the steps."""
+    """Moves the optimizer's counters and names the steps.
+
+    Where blocks take turns, those after the first step are of the turn that has most state; the last is one with a
+    refresh.
+    """
 
     def __init__(self, meter: SimulatedMeter):
         self.meter = meter
@@ -134,6 +139,8 @@ class RefreshInLastStep(TrainerCallback):
         number = state.global_step + 1
         name = FIRST if number == 1 else LATER
         optimizer = self.meter.optimizer
+        if number == 2 and isinstance(optimizer, LowMemOptimizer):
+            pretend_fullest_turn_(optimizer)
         is_last = number == state.max_steps
         if is_last and isinstance(optimizer, LowMemOptimizer) and pretend_until_refresh_(optimizer):
             name = REFRESH

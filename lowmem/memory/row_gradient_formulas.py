@@ -20,9 +20,10 @@ from dataclasses import dataclass
 
 from lowmem.memory import update_tiles
 from lowmem.memory.architecture import Shape
+from lowmem.memory.frugal_states import frugal_rule
 from lowmem.memory.row_block_formulas import ROW_BLOCKS, vector_bytes
 from lowmem.memory.split_formulas import number_bytes
-from lowmem.memory.state_formulas import frugal_rule, with_defaults
+from lowmem.memory.state_formulas import with_defaults
 from lowmem.memory.state_tensors import Settings
 from lowmem.memory.step_formulas import left_by_a_tile, update_bytes
 

@@ -17,9 +17,9 @@ import math
 
 from lowmem.memory import update_tiles
 from lowmem.memory.architecture import Shape
+from lowmem.memory.frugal_states import chosen_count
 from lowmem.memory.state_formulas import (
     INT8_BLOCK,
-    chosen_count,
     state_values,
     storage_format,
     stored_itemsize,

@@ -7,9 +7,7 @@
     adafactor   exp_avg_sq_row and exp_avg_sq_col, m + n in float32, or exp_avg_sq N in float32 for what is no matrix;
                 exp_avg N with beta1
     sinkgd      nothing; momentum_buffer N with momentum; as adamw for what is no matrix
-    frugal      chosen k in float32, and inner's state (as adamw, momentum_buffer, exp_avg, or none) on (m, k) or
-                (k, n) of k = density n columns or density m rows; nothing at density 0; inner's state on N at
-                density 1 and for what is no matrix
+    frugal      see `frugal_states`
     low rank    see `low_rank_states`
 
 and `step`, 4 bytes. A value takes the bytes of its role's storage format:
@@ -25,14 +23,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lowmem.errors import RecipeError
 from lowmem.memory.architecture import Parameter, Shape
+from lowmem.memory.frugal_states import frugal_state
 from lowmem.memory.ledger import rounded
 from lowmem.memory.low_rank_states import LOW_RANK_STATES
 from lowmem.memory.state_tensors import Settings, State, StateTensor, adamw_state, is_matrix
+from lowmem.memory.turn_states import resting_in_the_fullest_turn
 from lowmem.recipe.optimizer_table import optimizer_table
 from lowmem.recipe.schema import OptimizerRecipe
 
@@ -63,41 +63,6 @@ def _sinkgd(settings: Settings, shape: Shape) -> State:
     return _sgd(settings, shape) if is_matrix(shape) else adamw_state(settings, shape)
 
 
-_INNER = {
-    "adam": {"exp_avg": "moment", "exp_avg_sq": "variance"},
-    "lion": {"exp_avg": "moment"},
-    "momentum": {"momentum_buffer": "moment"},
-    "sign": {},
-}
-
-
-def _frugal(settings: Settings, shape: Shape) -> State:
-    rule, numel = frugal_rule(settings, shape), math.prod(shape)
-    if rule != "split":
-        return {name: StateTensor(numel, role) for name, role in _INNER[rule].items()}
-    k = chosen_count(settings, shape)
-    chosen = StateTensor(math.prod(shape[:-2]) * k, "factor")
-    part = numel // shape[_split_side(settings)] * k
-    inner = {name: StateTensor(part, role) for name, role in _INNER[settings["inner"]].items()}
-    return {"chosen": chosen, **inner}
-
-
-def frugal_rule(settings: Settings, shape: Shape) -> str:
-    """Which rule treats a parameter: "split", "sign" (without state, whatever the residual), or the inner one."""
-    if not is_matrix(shape) or settings["density"] == 1:
-        return settings["inner"]
-    return "split" if settings["density"] else "sign"
-
-
-def chosen_count(settings: Settings, shape: Shape) -> int:
-    """How many columns or rows of a split matrix have state."""
-    return max(1, round(settings["density"] * shape[_split_side(settings)]))
-
-
-def _split_side(settings: Settings) -> int:
-    return -1 if settings["projection"] == "columns" else -2
-
-
 FORMULAS: dict[str, Callable[[Settings, Shape], State]] = {
     "adamw": adamw_state,
     "sgd": _sgd,
@@ -105,7 +70,7 @@ FORMULAS: dict[str, Callable[[Settings, Shape], State]] = {
     "adafactor": _adafactor,
     "sinkgd": _sinkgd,
     **LOW_RANK_STATES,
-    "frugal": _frugal,
+    "frugal": frugal_state,
 }
 """A new optimizer is one function, and a name below if it treats matrices only."""
 
@@ -187,6 +152,10 @@ def treatments(optimizer: OptimizerRecipe, parameters: Sequence[Parameter]) -> l
 
     Raises RecipeError for a target that matches no linear layer.
     """
+    return _in_turn(_divided(optimizer, parameters))
+
+
+def _divided(optimizer: OptimizerRecipe, parameters: Sequence[Parameter]) -> list[Treatment]:
     settings = with_defaults(optimizer.name, optimizer.settings)
     if optimizer.name not in TREATS_MATRICES and optimizer.fallback is None:
         return [Treatment(each, optimizer.name, settings) for each in parameters]
@@ -204,6 +173,16 @@ def treatments(optimizer: OptimizerRecipe, parameters: Sequence[Parameter]) -> l
         for each in parameters
     ]
     return sorted(found, key=lambda each: each.settings is not settings)
+
+
+def _in_turn(found: list[Treatment]) -> list[Treatment]:
+    """With the settings of those that rest in the fullest turn saying so."""
+    resting = resting_in_the_fullest_turn([(each.settings, each.parameter) for each in found])
+    at_rest = {id(each.settings): {**each.settings, "rests": True} for each in found}
+    return [
+        replace(each, settings=at_rest[id(each.settings)]) if position in resting else each
+        for position, each in enumerate(found)
+    ]
 
 
 BITSANDBYTES_BLOCK = 256

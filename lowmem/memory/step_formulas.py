@@ -20,10 +20,11 @@ from dataclasses import dataclass
 
 from lowmem.memory import update_tiles
 from lowmem.memory.architecture import Shape
+from lowmem.memory.frugal_states import frugal_rule
 from lowmem.memory.low_rank_formulas import LOW_RANK, low_rank_bytes
 from lowmem.memory.row_block_formulas import ROW_BLOCKS, row_block_bytes, unfactored_bytes
 from lowmem.memory.split_formulas import split_bytes
-from lowmem.memory.state_formulas import frugal_rule, state_values, stored_itemsize, with_defaults
+from lowmem.memory.state_formulas import state_values, stored_itemsize, with_defaults
 from lowmem.memory.state_tensors import Settings, is_low_rank, is_matrix
 from lowmem.memory.update_tiles import saving_bytes
 

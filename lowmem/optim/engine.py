@@ -54,6 +54,15 @@ class LowMemOptimizer(OptimizerState):
         raise NotImplementedError("LowMemOptimizer is abstract: use a subclass from lowmem.optim")
 
     @staticmethod
+    def turn_length(group: dict[str, Any]) -> int | None:
+        """For how many steps the same parameters have state, where they have it in turn; None where all always have.
+
+        Turns are counted by the steps of the group, which `group["steps"]` keeps; the rule of a turn is
+        `rule(group, shape).in_turn(turn)`. A step left out counts for no turn.
+        """
+        return None
+
+    @staticmethod
     def remark(group: dict[str, Any], shape: Shape) -> str | None:
         """What a user should know about how a parameter of `shape` is treated, or None."""
         return None
@@ -100,6 +109,7 @@ class LowMemOptimizer(OptimizerState):
             for param in group["params"]:
                 self.step_param(param, group)
         self._drop_held_gradients()
+        self._count_step_of_turns()
         return loss
 
     def _drop_held_gradients(self) -> None:

@@ -16,10 +16,13 @@ from lowmem.numerics.held_weights import numel_of, shape_of
 from lowmem.numerics.seeding import seeded_generator
 from lowmem.optim import registry
 from lowmem.optim.codecs import Codec
-from lowmem.optim.rule import Context, Rule
+from lowmem.optim.rule import Context, Rule, Turn
 from lowmem.optim.storage import WHOLE, LoadedState, codec_for
 
 log = logging.getLogger("lowmem")
+
+STEPS = "steps"
+"""In a group whose parameters take turns: how many steps it has made, whichever of them had gradients."""
 
 REFRESHED = "refreshed_for"
 """State of a parameter whose step was left out after its refresh: the step that must not refresh again."""
@@ -33,16 +36,14 @@ class OptimizerState(torch.optim.Optimizer):
     def state_bytes(self) -> int:
         """Bytes of optimizer state once every trainable parameter was updated, from the declarations.
 
-        Exact, allocates nothing, and works on meta tensors.
+        Exact, allocates nothing, and works on meta tensors. Where parameters take turns: in the coming step's turn.
         """
         total = 0
         for group in self.param_groups:
-            owner = registry.optimizer_class(group["algorithm"])
             for param in group["params"]:
                 if not param.requires_grad or numel_of(param) == 0:
                     continue
-                rule = owner.rule(group, shape_of(param))
-                codecs = self._codecs(param, group, rule)
+                codecs = self._codecs(param, group, self.rule_of(param, group))
                 total += sum(codec.nbytes() for codec in codecs.values()) + 4  # and `step`
         return total
 
@@ -77,14 +78,38 @@ class OptimizerState(torch.optim.Optimizer):
         """How many micro-batches of the step under way were added to the state of a parameter."""
 
     def rule_of(self, param: Tensor, group: dict[str, Any]) -> Rule:
-        return registry.optimizer_class(group["algorithm"]).rule(group, shape_of(param))
+        """That of the coming update."""
+        rule = registry.optimizer_class(group["algorithm"]).rule(group, shape_of(param))
+        number = turn_number(group)
+        return rule if number is None else rule.in_turn(self._turn(param, group, number))
+
+    def _turn(self, param: Tensor, group: dict[str, Any], number: int) -> Turn:
+        _, index, count = self.place_of(param)
+        return Turn(number, index, count, group["seed"])
+
+    def _count_step_of_turns(self) -> None:
+        """After a step: free all state of those whose turn has ended, before any of the next turn's is made."""
+        for group in self.param_groups:
+            length = turn_length(group)
+            if length is None:
+                continue
+            group[STEPS] = group.get(STEPS, 0) + 1
+            if group[STEPS] % length == 0:
+                for param in group["params"]:
+                    self._forget_state_of(param)
+
+    def _forget_state_of(self, param: Tensor) -> None:
+        for remembered in (self.state, self._steps, self._known):
+            remembered.pop(param, None)
 
     def _rounding(
         self, param: Tensor, group: dict[str, Any], ctx: Context, purpose: str
     ) -> torch.Generator | None:
         if group["rounding"] != "stochastic":
             return None
-        return seeded_generator(param.device, ctx.seed, ctx.name, ctx.step, purpose)
+        number = turn_number(group)
+        turn = () if number is None else (f"turn {number}",)  # as updates are counted from its beginning
+        return seeded_generator(param.device, ctx.seed, ctx.name, ctx.step, purpose, *turn)
 
     def _stored(self, param: Tensor, group: dict[str, Any], rule: Rule) -> dict[str, Tensor]:
         stored = self.state[param]
@@ -171,3 +196,14 @@ class OptimizerState(torch.optim.Optimizer):
                 del self._refreshed[param]
             else:
                 self.state[param][REFRESHED] = torch.tensor(float(step))
+
+
+def turn_length(group: dict[str, Any]) -> int | None:
+    """Steps of a turn; None where all parameters always have state."""
+    return registry.optimizer_class(group["algorithm"]).turn_length(group)
+
+
+def turn_number(group: dict[str, Any]) -> int | None:
+    """Of the turn that the coming step belongs to."""
+    length = turn_length(group)
+    return None if length is None else group.get(STEPS, 0) // length

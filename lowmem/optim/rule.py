@@ -74,6 +74,15 @@ class RowBlocks:
 Direction = Tensor | Factors | RowBlocks
 
 
+class Turn(NamedTuple):
+    """Where blocks of parameters have state in turn: which turn it is, counted from 0, and which block is asked for."""
+
+    number: int
+    block: int
+    blocks: int
+    seed: int
+
+
 class Context:
     """What a rule may know about the step it is part of; never the learning rate."""
 
@@ -175,6 +184,10 @@ class Rule:
 
     is_projected: ClassVar[bool] = False
     """Whether `update` sees the gradient through `project` alone, so that it may be projected as it arrives."""
+
+    def in_turn(self, turn: Turn) -> Rule:
+        """The rule of a block in a turn, for optimizers with a `turn_length`. Its own state begins with the turn."""
+        return self
 
     def slots(self, shape: Shape) -> dict[str, Slot]:
         """The state for a parameter of `shape`, so that its bytes are known without allocating it."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from lowmem.numerics.held_weights import grad_of, numel_of, shape_of
 from lowmem.optim import registry
 from lowmem.optim.engine import LowMemOptimizer
+from lowmem.optim.optimizer_state import STEPS, turn_length
 from lowmem.optim.rule import Rule
 
 FARTHEST_REFRESH = 100_000  # steps; who refreshes less often does not refresh in a run
@@ -23,15 +24,17 @@ def step_key(optimizer: LowMemOptimizer, param: Tensor, group: dict[str, Any]) -
     ctx = optimizer.coming_context(param, group)
     tensors = (param, grad_of(param), optimizer.projected.get(param))
     layouts = [None if each is None else (each.shape, each.stride(), each.dtype) for each in tensors]
-    settings = {name: value for name, value in group.items() if name not in ("params", "param_names")}
-    is_refresh = _rule(param, group).needs_refresh(ctx) and optimizer._refreshed.get(param) != ctx.step
+    settings = {name: value for name, value in group.items() if name not in ("params", "param_names", STEPS)}
+    rule = optimizer.rule_of(param, group)
+    is_refresh = rule.needs_refresh(ctx) and optimizer._refreshed.get(param) != ctx.step
     has_sum = param in optimizer.accumulated
-    return (repr(settings), shape_of(param), *layouts, bool(optimizer.state[param]), is_refresh, has_sum)
+    has_state = bool(optimizer.state[param])
+    return (repr(settings), rule, shape_of(param), *layouts, has_state, is_refresh, has_sum)
 
 
 def make_state_(optimizer: LowMemOptimizer, param: Tensor, group: dict[str, Any]) -> None:
     """Allocate what an update would, if it is not there yet."""
-    optimizer._stored(param, group, _rule(param, group))
+    optimizer._stored(param, group, optimizer.rule_of(param, group))
 
 
 def count_step_(optimizer: LowMemOptimizer, param: Tensor, group: dict[str, Any]) -> None:
@@ -48,7 +51,7 @@ def count_micro_batch_(optimizer: LowMemOptimizer, param: Tensor) -> None:
 def know_as_(optimizer: LowMemOptimizer, param: Tensor, group: dict[str, Any], like: Tensor) -> None:
     """What is remembered of `like`, which has the same rule and has made as many updates, holds for `param`."""
     step = optimizer.coming_context(param, group).step
-    optimizer._known[param] = dict(optimizer._known[like])
+    optimizer._known[param] = dict(optimizer._known.get(like, {}))
     if optimizer._refreshed.get(like) in (step, step - 1):
         optimizer._refreshed[param] = optimizer._refreshed[like]
 
@@ -64,7 +67,7 @@ def pretend_until_refresh_(optimizer: LowMemOptimizer) -> bool:
         (param, group)
         for group in optimizer.param_groups
         for param in group["params"]
-        if optimizer.state[param]
+        if optimizer.state[param] and turn_length(group) is None
     ]
     for param, group in stepped:
         rule, (_, index, count) = _rule(param, group), optimizer.place_of(param)

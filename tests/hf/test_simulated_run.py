@@ -131,6 +131,10 @@ VARIATIONS = {
         "fallback: {name: adamw, storage: {moment: int8, variance: int8}}}",
         "train.execution=project", "train.gradient_accumulation_steps=2", "model.dtype=bfloat16", *SHORT,
     ],
+    "blocks in turn": [
+        "optimizer={name: frugal, lr: 1.0e-3, projection: block, density: 0.4, refresh_every: 2}",
+        "model.dtype=bfloat16", *SHORT,
+    ],
     "AdamW in eight bits": [
         "optimizer={name: adamw, lr: 1.0e-3, storage: {moment: int8, variance: int8}}", "model.dtype=bfloat16", *SHORT,
     ],

@@ -476,6 +476,8 @@ UPDATES = [
     {"density": 0.6, "inner": "momentum", "storage": {"moment": "int8"}},
     {"density": 0.6, "inner": "momentum", "rounding": "nearest"},
     {"density": 0.4, "inner": "sign"},
+    {"density": 0.4, "projection": "block"},
+    {"density": 0.4, "projection": "block", "inner": "momentum", "storage": {"moment": "fp32"}},
 ]
 
 

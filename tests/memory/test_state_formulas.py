@@ -114,6 +114,28 @@ def test_a_model_is_divided_between_optimizer_and_fallback_as_build_optimizer_do
     assert found == declared
 
 
+def test_where_matrices_take_turns_the_formula_is_that_of_the_fullest_turn():
+    config = AutoConfig.for_model("llama", **SMALL_LLAMA)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    parameters = Architecture.from_config(config.to_dict()).parameters
+    recipe = OptimizerRecipe(
+        name="frugal", target=["mlp", "attn"], settings={"lr": 1e-3, "projection": "block", "density": 0.2}
+    )
+    foreseen = sum(
+        state_bytes(each.algorithm, each.settings, each.parameter.shape, 2)
+        for each in treatments(recipe, parameters)
+    )
+    optimizer = build_optimizer(model, "frugal", lr=1e-3, projection="block", density=0.2, refresh_every=1)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    turns = []
+    for _ in range(150):
+        turns.append(optimizer.state_bytes())
+        optimizer.step()
+    assert max(turns) == foreseen
+    assert min(turns) < foreseen
+
+
 def test_a_target_without_a_match_is_an_error_in_words():
     _, parameters = model_and_parameters()
     recipe = OptimizerRecipe(name="galore", target=["attn", "expert"], settings={"lr": 1e-3})

@@ -53,13 +53,27 @@ SETTINGS: dict[str, list[dict]] = {
     "frugal": [
         {"refresh_every": 7, "weight_decay": 0.1},
         {"refresh_every": 7, "projection": "rows", "density": 0.4, "residual": "sgd", "residual_scale": 1.0},
+        {"refresh_every": 5, "projection": "block", "density": 0.4, "weight_decay": 0.1},
+    ],
+}
+
+TWIN_SETTINGS: dict[str, list[dict]] = {
+    "frugal": [
         {"refresh_every": 5, "projection": "rows", "inner": "lion", "betas": (0.9, 0.99)},
         {"refresh_every": 5, "inner": "momentum", "residual": "none"},
+        {
+            "refresh_every": 4,
+            "projection": "block",
+            "order": "mirror",
+            "inner": "momentum",
+            "residual": "sgd",
+        },
         {"inner": "sign"},
         {"density": 0.0},
         {"density": 1.0},
     ],
 }
+"""More settings that are held against the plain reference, beside those of the whole battery."""
 
 LR = {"adamw": 1e-2, "sgd": 1e-2, "sgd_sai": 1e-2, "galore": 1e-2}
 
@@ -67,11 +81,15 @@ LR = {"adamw": 1e-2, "sgd": 1e-2, "sgd_sai": 1e-2, "galore": 1e-2}
 # at most rank + 16 makes the randomised subspace exact, so that it can be held against an SVD.
 SHAPES = [(12, 20), (20, 12), (16, 16), (6, 18), (1, 9), (13,), (1,), (3, 10, 14)]
 
-CASES = [
-    (name, {"lr": LR.get(name, 1e-2), **settings})
-    for name in OPTIMIZERS
-    for settings in SETTINGS.get(name, [{}])
-]
+
+def cases_of(settings: dict[str, list[dict]]) -> list[tuple[str, dict]]:
+    return [
+        (name, {"lr": LR.get(name, 1e-2), **each}) for name in OPTIMIZERS for each in settings.get(name, [])
+    ]
+
+
+CASES = cases_of({name: [{}] for name in OPTIMIZERS} | SETTINGS)
+TWIN_CASES = CASES + cases_of(TWIN_SETTINGS)
 
 LOW_BIT = {"moment": "int8", "variance": "int8", "basis": "int4"}
 LOW_BIT_CASES = [(name, {**settings, "storage": LOW_BIT}) for name, settings in CASES]

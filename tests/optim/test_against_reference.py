@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowmem.optim.registry import optimizer_class
-from tests.optim.cases import CASES, as_parameters, case_id, gradients, make, weights
+from tests.optim.cases import TWIN_CASES, as_parameters, case_id, gradients, make, weights
 
 STEPS = 60
 
@@ -32,7 +32,7 @@ def distance(found, expected):
     return worst
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("case", TWIN_CASES, ids=case_id)
 def test_sixty_steps_equal_the_plain_reference(case):
     name, settings = case
     params = as_parameters(weights())
@@ -45,7 +45,7 @@ def test_sixty_steps_equal_the_plain_reference(case):
     assert distance([param.detach() for param in params], expected) < 2e-4
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("case", TWIN_CASES, ids=case_id)
 def test_the_reference_itself_is_stable_between_float32_and_float64(case):
     name, settings = case
     assert (

@@ -16,6 +16,7 @@ class FRUGALReference:
         lr,
         density=0.25,
         projection="columns",
+        order="random",
         refresh_every=200,
         inner="adam",
         residual="sign",
@@ -27,6 +28,7 @@ class FRUGALReference:
     ):
         self.params, self.lr, self.weight_decay, self.seed = params, lr, weight_decay, seed
         self.density, self.projection, self.every = density, projection, refresh_every
+        self.order = order
         self.inner, self.residual, self.residual_scale = inner, residual, residual_scale
         self.betas, self.eps = betas, eps
         self.t = [0] * len(params)
@@ -37,7 +39,12 @@ class FRUGALReference:
             if g is None:
                 continue
             self.t[i] += 1
-            u = self.split(i, g) if w.dim() >= 2 and min(w.shape[-2:]) > 1 else self.whole(i, g)
+            if self.projection == "block":
+                u = self.in_turn(i, g)
+            elif w.dim() >= 2 and min(w.shape[-2:]) > 1:
+                u = self.split(i, g)
+            else:
+                u = self.whole(i, g)
             w.copy_(w - self.lr * (u + self.weight_decay * w))
 
     def whole(self, i, g):
@@ -45,6 +52,27 @@ class FRUGALReference:
             self.m[i], self.v[i] = torch.zeros_like(g), torch.zeros_like(g)
         u, self.m[i], self.v[i] = self.with_state(g, self.m[i], self.v[i], self.t[i])
         return u
+
+    def in_turn(self, i, g):
+        turn, done = divmod(self.t[i] - 1, self.every)
+        if i not in self.active(turn):
+            return self.without_state(g)
+        if done == 0:
+            self.m[i], self.v[i] = torch.zeros_like(g), torch.zeros_like(g)
+        u, self.m[i], self.v[i] = self.with_state(g, self.m[i], self.v[i], done + 1)
+        return u
+
+    def active(self, turn):
+        n = len(self.params)
+        k = max(1, round(self.density * n))
+        if self.order == "random":
+            return choice(k, n, self.seed, "turn", turn)
+        windows = [list(range(first, min(first + k, n))) for first in range(0, n, k)]
+        if self.order == "mirror":
+            path = windows + windows[-2:0:-1]
+            return path[turn % len(path)]
+        upwards = [each % n for each in range(turn * k, turn * k + k)]
+        return upwards if self.order == "ascending" else [n - 1 - each for each in upwards]
 
     def split(self, i, g):
         if self.density == 1:
