@@ -44,6 +44,9 @@ class LowMemOptimizer(OptimizerState):
     treats_matrices: ClassVar[bool] = False
     """Whether `build_optimizer` gives it the linear layers only and the rest to the fallback."""
 
+    steps_in_pieces: Callable[[LowMemOptimizer], None] | None = None
+    """Who makes the steps where each process has a piece of each parameter."""
+
     def __init__(self, params: Iterable[Any], settings: dict[str, Any]):
         self._forget()
         super().__init__(params, dict(settings))
@@ -104,6 +107,9 @@ class LowMemOptimizer(OptimizerState):
             self.projected.clear()
             self._keep_refreshes()
             self._drop_held_gradients()
+            return loss
+        if self.steps_in_pieces is not None:
+            self.steps_in_pieces(self)
             return loss
         for group in self.param_groups:
             for param in group["params"]:
@@ -202,16 +208,22 @@ class LowMemOptimizer(OptimizerState):
         self.accumulated[param] = number + 1
 
     @torch.no_grad()
-    def refresh_basis_(self, param: Tensor, group: dict[str, Any]) -> None:
-        """Refresh what is due for the coming update from `.grad` as it is now, and not again at that update."""
+    def refresh_basis_(self, param: Tensor, group: dict[str, Any], grad: Tensor | None = None) -> None:
+        """Refresh what is due for the coming update from `grad`, or `.grad` as it is now, and not again then."""
         ctx = self.coming_context(param, group)
-        self._refresh(param, group, self.rule_of(param, group), self._loaded(param, group), ctx)
+        self._refresh(param, group, self.rule_of(param, group), self._loaded(param, group), ctx, grad)
 
     def _refresh(
-        self, param: Tensor, group: dict[str, Any], rule: Rule, whole: LoadedState, ctx: Context
+        self,
+        param: Tensor,
+        group: dict[str, Any],
+        rule: Rule,
+        whole: LoadedState,
+        ctx: Context,
+        grad: Any = None,
     ) -> None:
         if rule.needs_refresh(ctx) and self._refreshed.get(param) != ctx.step:
-            grad: Any = gradient_of(param)
+            grad = gradient_of(param) if grad is None else grad
             assert grad is not None
             changed = rule.refresh(grad, whole, ctx)
             whole.save_(changed, self._rounding(param, group, ctx, "refresh"))

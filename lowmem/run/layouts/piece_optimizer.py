@@ -1,0 +1,173 @@
+"""The engine on pieces: element rules step the piece that a process has, matrix rules the whole matrix at its owner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lowmem.numerics.seeding import seeded_generator
+from lowmem.optim import registry
+from lowmem.optim.engine import LowMemOptimizer
+from lowmem.optim.rule import Context, Rule
+from lowmem.run.layouts.exchange import Exchange, batches_of
+from lowmem.run.layouts.pieces import Layout, Piece, owners_of, refuse_gaps
+
+
+class PieceOptimizer(LowMemOptimizer):
+    """Makes the steps of another optimizer whose parameters are in pieces, and holds this process' part of its state.
+
+    A rule that treats every value by itself runs on the piece, and so has the piece's state. A rule that needs the
+    matrix runs at the matrix' owner: gradient and weight come together there, `step_param` does what it does on one
+    process, and the new weight goes back. Its state is the owner's alone. So every rule is exact, in any dtype and
+    with any rounding, and state is divided by the number of processes.
+
+    Sent in a step by each process are, of every matrix that is split, the gradient, the weight and the new weight, less
+    what its owner has of it: 3 m n (W - 1) / W^2 values on average when W processes hold equal parts.
+    """
+
+    algorithm = "adamw"  # of no parameter: each group has its own
+
+    def __init__(self, outer: LowMemOptimizer, layout: Layout, group: dist.ProcessGroup | None = None):
+        self._layout, self._process_group = layout, group
+        self.rank, self.processes = dist.get_rank(group), dist.get_world_size(group)
+        self._pieces: dict[Tensor, Piece] = {}
+        self._owner: dict[Tensor, int] = {}
+        self._stands_for: dict[int, list[Tensor]] = {}
+        """By the tensor in the outer optimizer's groups."""
+        self._idle: dict[Tensor, Tensor] = {}
+        self.sent = 0
+        """Values that this process has sent so far."""
+        super().__init__([self._mirrored(settings) for settings in outer.param_groups], {})
+        self._give_owners()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Settings were checked where the parameters were whole."""
+        torch.optim.Optimizer.add_param_group(self, param_group)
+
+    def _mirrored(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The group with what stands here for each parameter, in the same places."""
+        params = []
+        for given in settings["params"]:
+            made = [self._made(piece, settings) for piece in self._layout.pieces_of(given)]
+            self._stands_for[id(given)] = made
+            params += made
+        own = {name: value for name, value in settings.items() if name not in ("params", "param_names")}
+        return {**own, "params": params, "param_names": [self._pieces[param].name for param in params]}
+
+    def _made(self, piece: Piece, settings: Mapping[str, Any]) -> Tensor:
+        refuse_gaps(piece)
+        param = nn.Parameter(piece.weight(), requires_grad=True)
+        self._pieces[param] = piece
+        return param
+
+    def _give_owners(self) -> None:
+        """A matrix that needs its owner is here, between steps, a tensor of its shape without memory; or an empty one."""
+        for settings in self.param_groups:
+            matrices = [param for param in settings["params"] if self._needs_whole(param, settings)]
+            owners = owners_of([self._pieces[param] for param in matrices], self.processes)
+            for param, owner in zip(matrices, owners, strict=True):
+                shape = self._pieces[param].shape if owner == self.rank else (0,)
+                self._owner[param] = owner
+                self._idle[param] = param.data.new_zeros(()).expand(shape)
+                param.data = self._idle[param]
+
+    # ---------------------------------------------------------------- what the engine asks
+
+    def rule_of(self, param: Tensor, group: dict[str, Any]) -> Rule:
+        """That of the whole parameter: of a piece nobody could tell whether it is a matrix."""
+        return registry.optimizer_class(group["algorithm"]).rule(group, self._pieces[param].shape)
+
+    def _rounding(
+        self, param: Tensor, group: dict[str, Any], ctx: Context, purpose: str
+    ) -> torch.Generator | None:
+        """Every piece has noise of its own."""
+        if group["rounding"] != "stochastic" or param in self._owner:
+            return super()._rounding(param, group, ctx, purpose)
+        start = self._pieces[param].ranges[self.rank][0]
+        return seeded_generator(param.device, ctx.seed, ctx.name, ctx.step, purpose, start)
+
+    def _needs_whole(self, param: Tensor, group: dict[str, Any]) -> bool:
+        return self.rule_of(param, group).scope == "matrix"
+
+    # ---------------------------------------------------------------- a step
+
+    @torch.no_grad()
+    def step_for(self, outer: LowMemOptimizer) -> None:
+        """A step with the settings that the outer optimizer's groups have now, and of the tensors that they hold now."""
+        for settings in outer.param_groups:
+            params = [param for given in settings["params"] for param in self._stands_for[id(given)]]
+            params = self._with_gradients(params)
+            whole = [param for param in params if param in self._owner]
+            self._step_pieces([param for param in params if param not in self._owner], settings)
+            for batch in batches_of([self._pieces[param] for param in whole]):
+                self._step_whole(whole[batch], settings)
+
+    def _with_gradients(self, params: list[Tensor]) -> list[Tensor]:
+        """Those of which any process has a gradient; all processes must do the same with each of them."""
+        if self._layout.always_has_gradients or not params:
+            return params
+        has = [self._pieces[param].grad() is not None for param in params]
+        found = self._anywhere(has, params[0].device)
+        return [param for param, here in zip(params, found, strict=True) if here]
+
+    def _anywhere(self, flags: list[bool], device: torch.device) -> list[bool]:
+        """Of each flag, whether it is set on any process."""
+        numbers = torch.tensor(flags, dtype=torch.uint8, device=device)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._process_group)
+        return [bool(number) for number in numbers.tolist()]
+
+    def _step_pieces(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
+        for param in params:
+            piece = self._pieces[param]
+            param.data = piece.weight()
+            grad = piece.grad()
+            param.grad = torch.zeros_like(param.data) if grad is None else grad.to(param.dtype)
+        self._refresh_from_whole_gradients(params, group)
+        for param in params:
+            self.step_param(param, group)
+            param.grad = None
+
+    def _refresh_from_whole_gradients(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
+        """What an element rule asks of the whole gradient now and then, every process finds out by itself."""
+        may = [param for param in params if type(self.rule_of(param, group)).refresh is not Rule.refresh]
+        if not may:
+            return
+        wants = [
+            bool(param.numel())
+            and self.rule_of(param, group).needs_refresh(self.coming_context(param, group))
+            for param in may
+        ]
+        for param, wanted in zip(may, self._anywhere(wants, may[0].device), strict=True):
+            if not wanted:
+                continue
+            piece = self._pieces[param]
+            whole = param.new_zeros(piece.numel)
+            start, stop = piece.ranges[self.rank]
+            assert param.grad is not None
+            whole[start:stop] = param.grad
+            dist.all_reduce(whole, group=self._process_group)
+            if param.numel():
+                self.refresh_basis_(param, group, grad=whole.view(piece.shape))
+
+    def _step_whole(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
+        pieces = [self._pieces[param] for param in params]
+        exchange = Exchange(pieces, [self._owner[param] for param in params], self._process_group)
+        held = [piece.weight() for piece in pieces]
+        grads = exchange.to_owners(
+            [
+                torch.zeros_like(weight) if (grad := piece.grad()) is None else grad.to(weight.dtype)
+                for piece, weight in zip(pieces, held, strict=True)
+            ]
+        )
+        weights = exchange.to_owners(held)
+        for param, piece, weight, grad in zip(params, pieces, weights, grads, strict=True):
+            if weight is not None and grad is not None:
+                param.data, param.grad = weight.view(piece.shape), grad.view(piece.shape)
+                self.step_param(param, group)
+                param.data, param.grad = self._idle[param], None
+        exchange.from_owners(weights, held)
+        self.sent += exchange.sent

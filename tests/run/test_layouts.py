@@ -1,0 +1,99 @@
+"""Parameters in pieces over processes, against one process that has them whole."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from lowmem.run.layouts.fsdp2 import RowShards
+from lowmem.run.layouts.piece_optimizer import PieceOptimizer
+from tests.optim.cases import CASES
+from tests.run.test_execution import batches, net, optimizer_for
+
+WORLD = 2
+STEPS = 8
+
+
+def whole(param: torch.Tensor) -> torch.Tensor:
+    return (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
+
+
+def train(model, optimizer, data) -> list[torch.Tensor]:
+    for micro_batches in data:
+        for ids in micro_batches:
+            (model(ids) / len(micro_batches)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [whole(param) for param in model.parameters()]
+
+
+def trained_in_rows(case, rank: int, data) -> tuple[list[torch.Tensor], dict]:
+    model = net()
+    optimizer = optimizer_for(case, model)
+    whole_bytes = optimizer.state_bytes()
+    names = [list(group["param_names"]) for group in optimizer.param_groups]
+    by_name = dict(model.named_parameters())
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    sharded = dict(model.named_parameters())
+    assert by_name.keys() == sharded.keys()
+    for group, own in zip(optimizer.param_groups, names, strict=True):
+        group["params"] = [sharded[name] for name in own]
+    layout = RowShards({id(param): name for name, param in sharded.items()})
+    pieces = PieceOptimizer(optimizer, layout)
+    optimizer.steps_in_pieces = pieces.step_for
+    weights = train(model, optimizer, [[ids[rank::WORLD] for ids in step] for step in data])
+    held = sum(tensor.nbytes for state in pieces.state.values() for tensor in state.values())
+    return weights, {
+        "held": held,
+        "whole": whole_bytes,
+        "sent": pieces.sent,
+        "declared": pieces.state_bytes(),
+    }
+
+
+def work(rank: int, port: int, out: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    try:
+        found = {str(case): trained_in_rows(case, rank, batches(STEPS, 1)) for case in CASES}
+        Path(out, f"{rank}.pickle").write_bytes(pickle.dumps(found))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What two processes have trained, all cases in one start."""
+    out = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes.spawn(work, args=(port, str(out)), nprocs=WORLD)
+    return [pickle.loads((out / f"{rank}.pickle").read_bytes()) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rows_over_two_processes_make_the_steps_of_one(ranks, case):
+    model = net()
+    alone = train(model, optimizer_for(case, model), batches(STEPS, 1))
+    (zero, _), (one, _) = (found[str(case)] for found in ranks)
+    assert all(torch.equal(a, b) for a, b in zip(zero, one, strict=True))
+    start = list(net().parameters())
+    moved = max((a - b).abs().max().item() for a, b in zip(alone, start, strict=True))
+    assert moved > 0
+    assert max((a - b).abs().max().item() for a, b in zip(zero, alone, strict=True)) < max(5e-5, 1e-3 * moved)
