@@ -15,8 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lowmem.run.layouts.fsdp2 import RowShards
-from lowmem.run.layouts.piece_optimizer import PieceOptimizer
+from lowmem.run.layouts.attach import attach_to_fsdp2
 from tests.optim.cases import CASES
 from tests.run.test_execution import batches, net, optimizer_for
 
@@ -52,10 +51,9 @@ def trained_in_rows(case, rank: int, data) -> tuple[list[torch.Tensor], dict]:
     assert by_name.keys() == sharded.keys()
     for group, own in zip(optimizer.param_groups, names, strict=True):
         group["params"] = [sharded[name] for name in own]
-    layout = RowShards({id(param): name for name, param in sharded.items()})
-    pieces = PieceOptimizer(optimizer, layout)
-    optimizer.steps_in_pieces = pieces.step_for
+    steps = attach_to_fsdp2(optimizer, model)
     weights = train(model, optimizer, [[ids[rank::WORLD] for ids in step] for step in data])
+    pieces = steps.pieces
     held = sum(tensor.nbytes for state in pieces.state.values() for tensor in state.values())
     return weights, {
         "held": held,

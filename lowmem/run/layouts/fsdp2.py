@@ -41,11 +41,16 @@ class RowShards:
 
         def grad() -> Tensor | None:
             found = param.grad
-            return None if found is None else found.to_local().reshape(-1)  # type: ignore[attr-defined]
+            return None if found is None else _local(found).reshape(-1)
 
-        piece = Piece(name, tuple(param.shape), ranges, lambda: param.detach().to_local().view(-1), grad)
+        piece = Piece(name, tuple(param.shape), ranges, lambda: _local(param.detach()).view(-1), grad)
         found, expected = piece.weight().numel(), piece.numel_at(param.device_mesh.get_local_rank())
         assert found == expected, (
             f"{name}: this process has {found} values where torch.chunk gives {expected}"
         )
         return [piece]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local()

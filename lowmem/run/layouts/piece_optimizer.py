@@ -31,7 +31,14 @@ class PieceOptimizer(LowMemOptimizer):
 
     algorithm = "adamw"  # of no parameter: each group has its own
 
-    def __init__(self, outer: LowMemOptimizer, layout: Layout, group: dist.ProcessGroup | None = None):
+    def __init__(
+        self,
+        settings_of_groups: Sequence[Mapping[str, Any]],
+        tensors_of_groups: Sequence[Sequence[Tensor]],
+        layout: Layout,
+        group: dist.ProcessGroup | None = None,
+    ):
+        """settings_of_groups: the other optimizer's groups; tensors_of_groups: what these will hold in a step."""
         self._layout, self._process_group = layout, group
         self.rank, self.processes = dist.get_rank(group), dist.get_world_size(group)
         self._pieces: dict[Tensor, Piece] = {}
@@ -41,31 +48,33 @@ class PieceOptimizer(LowMemOptimizer):
         self._idle: dict[Tensor, Tensor] = {}
         self.sent = 0
         """Values that this process has sent so far."""
-        super().__init__([self._mirrored(settings) for settings in outer.param_groups], {})
+        pairs = zip(settings_of_groups, tensors_of_groups, strict=True)
+        super().__init__([self._mirrored(settings, tensors) for settings, tensors in pairs], {})
         self._give_owners()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Settings were checked where the parameters were whole."""
         torch.optim.Optimizer.add_param_group(self, param_group)
 
-    def _mirrored(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def _mirrored(self, settings: Mapping[str, Any], tensors: Sequence[Tensor]) -> dict[str, Any]:
         """The group with what stands here for each parameter, in the same places."""
         params = []
-        for given in settings["params"]:
-            made = [self._made(piece, settings) for piece in self._layout.pieces_of(given)]
+        for given in tensors:
+            made = [self._made(piece) for piece in self._layout.pieces_of(given)]
             self._stands_for[id(given)] = made
             params += made
         own = {name: value for name, value in settings.items() if name not in ("params", "param_names")}
         return {**own, "params": params, "param_names": [self._pieces[param].name for param in params]}
 
-    def _made(self, piece: Piece, settings: Mapping[str, Any]) -> Tensor:
+    def _made(self, piece: Piece) -> Tensor:
         refuse_gaps(piece)
         param = nn.Parameter(piece.weight(), requires_grad=True)
         self._pieces[param] = piece
         return param
 
     def _give_owners(self) -> None:
-        """A matrix that needs its owner is here, between steps, a tensor of its shape without memory; or an empty one."""
+        """Between steps a matrix stands here as a tensor of its shape without memory, and where it is not owned as an
+        empty one."""
         for settings in self.param_groups:
             matrices = [param for param in settings["params"] if self._needs_whole(param, settings)]
             owners = owners_of([self._pieces[param] for param in matrices], self.processes)
@@ -97,7 +106,7 @@ class PieceOptimizer(LowMemOptimizer):
 
     @torch.no_grad()
     def step_for(self, outer: LowMemOptimizer) -> None:
-        """A step with the settings that the outer optimizer's groups have now, and of the tensors that they hold now."""
+        """A step of the tensors that the outer optimizer's groups hold now, with the settings that they have now."""
         for settings in outer.param_groups:
             params = [param for given in settings["params"] for param in self._stands_for[id(given)]]
             params = self._with_gradients(params)
