@@ -15,12 +15,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from lowmem.optim.registry import OPTIMIZERS
 from lowmem.run.layouts.attach import attach_to_fsdp2
-from tests.optim.cases import CASES
+from tests.optim.cases import CASES, case_id
 from tests.run.test_execution import batches, net, optimizer_for
 
 WORLD = 2
 STEPS = 8
+OF_EACH = {name: [case for case in CASES if case[0] == name][:2] for name in OPTIMIZERS}
+CHOSEN = [case for cases in OF_EACH.values() for case in cases]
+MATRICES = 6 * 24 * 48
+"""Values of the linear layers of `net`."""
 
 
 def whole(param: torch.Tensor) -> torch.Tensor:
@@ -68,7 +73,7 @@ def work(rank: int, port: int, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     try:
-        found = {str(case): trained_in_rows(case, rank, batches(STEPS, 1)) for case in CASES}
+        found = {str(case): trained_in_rows(case, rank, batches(STEPS, 1)) for case in CHOSEN}
         Path(out, f"{rank}.pickle").write_bytes(pickle.dumps(found))
     finally:
         dist.destroy_process_group()
@@ -85,7 +90,7 @@ def ranks(tmp_path_factory):
     return [pickle.loads((out / f"{rank}.pickle").read_bytes()) for rank in range(WORLD)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CHOSEN, ids=case_id)
 def test_rows_over_two_processes_make_the_steps_of_one(ranks, case):
     model = net()
     alone = train(model, optimizer_for(case, model), batches(STEPS, 1))
@@ -95,3 +100,22 @@ def test_rows_over_two_processes_make_the_steps_of_one(ranks, case):
     moved = max((a - b).abs().max().item() for a, b in zip(alone, start, strict=True))
     assert moved > 0
     assert max((a - b).abs().max().item() for a, b in zip(zero, alone, strict=True)) < max(5e-5, 1e-3 * moved)
+
+
+@pytest.mark.parametrize("case", CHOSEN, ids=case_id)
+def test_state_is_divided_over_the_processes_and_counted_before_it_is_made(ranks, case):
+    found = [counted for _, counted in (found[str(case)] for found in ranks)]
+    parameters = len(list(net().parameters()))
+    assert [each["held"] for each in found] == [each["declared"] for each in found]
+    assert sum(each["held"] for each in found) <= found[0]["whole"] + 4 * parameters + 4 * parameters
+    assert max(each["held"] for each in found) <= 0.62 * found[0]["whole"] + 4 * parameters
+
+
+def test_matrices_travel_once_to_their_owners_and_back(ranks):
+    galore = str(OF_EACH["galore"][0])
+    sent = sum(counted["sent"] for _, counted in (found[galore] for found in ranks))
+    assert sent == STEPS * 3 * MATRICES // 2, (
+        "gradient, weight and new weight of the half that the owner has not"
+    )
+    adamw = str(OF_EACH["adamw"][0])
+    assert [counted["sent"] for _, counted in (found[adamw] for found in ranks)] == [0, 0]
