@@ -11,6 +11,7 @@ For a matrix (m, n) with m <= n of rank r, tiles of t values, a width of w = r +
 
     residual     fira: as inner Adam, and a tile of S 4 t; written as a tile of the direction 4 t, moments and what
                  it is made of 4 r n each, and the tile's weight, noise, rounded copy 10 t
+    scaled       apollo: as project and inner Adam, without the basis in the latter; a tile of S 4 t, written as in fira
 
 State that is float32 already is used as it is.
 """
@@ -27,7 +28,10 @@ from lowmem.memory.state_formulas import state_values, stored_itemsize, with_def
 from lowmem.memory.state_tensors import Settings, StateTensor, is_low_rank
 from lowmem.memory.update_tiles import saving_bytes
 
-LOW_RANK = frozenset({"galore", "q_galore", "fira"})
+PROJECTED = frozenset({"galore", "q_galore"})
+"""Optimizers that see the gradient of a matrix through its projection only."""
+
+LOW_RANK = PROJECTED | {"fira", "apollo"}
 """Optimizers of which this page knows what a matrix takes."""
 
 OVERSAMPLE = 16
@@ -37,12 +41,10 @@ SVD_COPIES, QR_COPIES = 3, 2
 """Workspaces on CUDA, in float32 copies of the matrix, as `lowmem.memory.workspaces` states them."""
 
 
-PROJECTED = LOW_RANK - {"fira"}
-"""Those of them that see the gradient through its projection only."""
-
-
 def low_rank_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: int, *, on_cuda: bool) -> int:
     """Temporaries at the fullest moment of updating a matrix or a batch of matrices, a refresh included."""
+    if algorithm == "apollo":
+        return _scaled_bytes(settings, shape, itemsize)
     project = _project_bytes(settings, shape, itemsize)
     inner = _projected_update_bytes(settings, shape, itemsize, holds_gradient=True)
     residual = 0 if algorithm in PROJECTED else _residual_bytes(settings, shape, itemsize)
@@ -110,13 +112,8 @@ def _projected_update_bytes(settings: Settings, shape: Shape, itemsize: int, *, 
     low = 4 * rank * long
     loaded = _loaded_bytes(settings, shape, itemsize)
     rounds = 6 if settings["rounding"] == "stochastic" else 0
-    saving = [
-        saving_bytes(each, settings, itemsize, rank * long)
-        for name, each in state_values("galore", settings, shape).items()
-        if name != "basis"
-    ]
     inner = loaded + low + (low if holds_gradient else 0)
-    saved = loaded + low + max(saving)
+    saved = loaded + low + _saving_bytes(settings, shape, itemsize)
     written = loaded + low + ((4 + rounds) * tile if itemsize < 4 else 0)
     return max(inner, saved, written)
 
@@ -124,9 +121,38 @@ def _projected_update_bytes(settings: Settings, shape: Shape, itemsize: int, *, 
 def _residual_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
     """From the projected gradient to the written weight where a direction is made a tile at a time."""
     _, long, rank = _sizes(settings, shape)
-    tile, low = _tile_of_rows(shape), 4 * rank * long
-    narrow = (4 + (6 if settings["rounding"] == "stochastic" else 0)) * tile if itemsize < 4 else 0
-    return _loaded_bytes(settings, shape, itemsize) + low + 4 * (tile + long) + max(low, narrow)
+    low, tile = 4 * rank * long, 4 * _tile_of_rows(shape)
+    narrow = _narrow_weight_bytes(settings, shape, itemsize)
+    return _loaded_bytes(settings, shape, itemsize) + low + 4 * long + tile + max(low, narrow)
+
+
+def _scaled_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
+    """Of an update in which the gradient itself is scaled and the projection is drawn anew."""
+    short, long, rank = _sizes(settings, shape)
+    low, drawn, tile = 4 * rank * long, 4 * short * rank, 4 * _tile_of_rows(shape)
+    moments = _copies(settings, shape, itemsize, {"exp_avg": low, "exp_avg_sq": low})
+    project = 2 * drawn + low + (4 * min(short * long, update_tiles.TILE_NUMEL) if itemsize < 4 else 0)
+    saving = _saving_bytes(settings, shape, itemsize)
+    written = tile + _narrow_weight_bytes(settings, shape, itemsize)
+    scaling = 17 * long  # norms of R and of N, where R is none, their ratio or 0
+    return max(project, moments + 2 * low + scaling, moments + 4 * long + max(saving, written))
+
+
+def _narrow_weight_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
+    """Of a tile of a weight that is not float32, in float32, its noise and its rounded copy."""
+    if itemsize == 4:
+        return 0
+    return (4 + (6 if settings["rounding"] == "stochastic" else 0)) * _tile_of_rows(shape)
+
+
+def _saving_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
+    """Beside the moments, while one of them is rounded to its format."""
+    _, long, rank = _sizes(settings, shape)
+    return max(
+        saving_bytes(each, settings, itemsize, rank * long)
+        for name, each in state_values("galore", settings, shape).items()
+        if name != "basis"
+    )
 
 
 def _loaded_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:

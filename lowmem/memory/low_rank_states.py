@@ -4,6 +4,7 @@ optimizer   state of a matrix (m, n) with m <= n and rank r < m; of every other 
 galore      basis m r, exp_avg r n, exp_avg_sq r n
 q_galore    as galore, and 3 + similarity_window in float32 while it is lazy
 fira        as galore, and 1 of each matrix in float32, unless growth_limit is None
+    apollo      as fira, without a basis
 """
 
 from __future__ import annotations
@@ -33,15 +34,25 @@ def _q_galore(settings: Settings, shape: Shape) -> State:
 
 
 def _fira(settings: Settings, shape: Shape) -> State:
-    state = _galore(settings, shape)
+    return {**_galore(settings, shape), **_limiter("residual_norm", settings, shape)}
+
+
+def _apollo(settings: Settings, shape: Shape) -> State:
+    state = {name: each for name, each in _galore(settings, shape).items() if name != "basis"}
+    return {**state, **_limiter("scaled_norm", settings, shape)}
+
+
+def _limiter(name: str, settings: Settings, shape: Shape) -> State:
+    """Of the growth of a direction."""
     if settings["growth_limit"] is None or not is_low_rank(settings, shape):
-        return state
-    return {**state, "residual_norm": StateTensor(math.prod(shape[:-2]), "scalar")}
+        return {}
+    return {name: StateTensor(math.prod(shape[:-2]), "scalar")}
 
 
 LOW_RANK_STATES: dict[str, Callable[[Settings, Shape], State]] = {
     "galore": _galore,
     "q_galore": _q_galore,
     "fira": _fira,
+    "apollo": _apollo,
 }
 """By the name of the optimizer."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from lowmem.optim.algorithms.adafactor import Adafactor
 from lowmem.optim.algorithms.adamw import AdamW
+from lowmem.optim.algorithms.apollo import Apollo
 from lowmem.optim.algorithms.fira import Fira
 from lowmem.optim.algorithms.frugal import FRUGAL
 from lowmem.optim.algorithms.galore import GaLore
@@ -28,6 +29,7 @@ __all__ = [
     "SGD",
     "Adafactor",
     "AdamW",
+    "Apollo",
     "Fira",
     "GaLore",
     "LowMemOptimizer",

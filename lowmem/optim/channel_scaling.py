@@ -1,9 +1,19 @@
-"""How much an inner rule lengthens the columns of a projected gradient, and gradients scaled by that."""
+"""Gradients with their columns scaled as an inner rule scales those of a projection, some rows at a time.
+
+Shapes are those of a gradient with its longer side last, (m, n) with m <= n; rows that are made are the weight's own.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+
+from lowmem.numerics.tiles import row_slices
+from lowmem.optim.projected_gradient import is_wide
+
+RowMaker = Callable[[slice], Tensor]  # -> (rows, columns) float32, nobody else's memory
 
 
 def lengthening(
@@ -15,11 +25,37 @@ def lengthening(
     return torch.where(before > 0, torch.linalg.vector_norm(N, dim=-2) / before, torch.zeros_like(before))
 
 
-def scaled_rows(
-    G: Tensor,  # (rows, columns)  any float dtype
-    rows: slice,
-    phi: Tensor,  # (columns,) or, for a factor of each row, (rows, 1)
-) -> Tensor:
-    """A float32 copy of some rows of G, times phi."""
-    factor = phi[rows] if phi.dim() == 2 else phi
-    return G[rows].to(torch.float32, copy=True).mul_(factor)
+def scaled_row_makers(
+    grad: Tensor,  # (..., rows, columns)  any float dtype
+    phi: Tensor,  # (..., n)
+    low_rank: tuple[Tensor, Tensor] | None = None,  # (..., m, r), (..., r, n)
+) -> list[RowMaker]:
+    """Who makes rows of G diag(phi) + P K, P and K being `low_rank`; one for each matrix of a batch."""
+    if grad.dim() == 2:
+        return [_row_maker(grad, phi, low_rank)]
+    return [
+        _row_maker(grad[i], phi[i], None if low_rank is None else (low_rank[0][i], low_rank[1][i]))
+        for i in range(len(grad))
+    ]
+
+
+def _row_maker(G: Tensor, phi: Tensor, low_rank: tuple[Tensor, Tensor] | None) -> RowMaker:
+    is_transposed = not is_wide(G)
+
+    def scaled(rows: slice) -> Tensor:
+        return G[rows].to(torch.float32, copy=True).mul_(phi[rows].unsqueeze(1) if is_transposed else phi)
+
+    if low_rank is None:
+        return scaled
+    P, K = low_rank
+    left, right = (K.mT, P.mT) if is_transposed else (P, K)
+    return lambda rows: scaled(rows).addmm_(left[rows], right)
+
+
+def norms_of(makers: Sequence[RowMaker], grad: Tensor) -> Tensor:  # (matrices,)
+    """Of directions of the shape of `grad`, a float32 number each."""
+    norms = torch.zeros(len(makers), device=grad.device, dtype=torch.float32)
+    for norm, rows_of in zip(norms, makers, strict=True):
+        for rows in row_slices(grad.shape[-2:]):
+            norm += torch.linalg.vector_norm(rows_of(rows)).square_()
+    return norms.sqrt_()

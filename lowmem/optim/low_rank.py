@@ -9,7 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lowmem.numerics.tiles import largest_magnitude, matmul_transposed_fp32, sum_and_squares
+from lowmem.numerics.tiles import largest_magnitude, sum_and_squares
+from lowmem.optim.projected_gradient import projected, wide
 from lowmem.optim.projections.projection import Projection
 from lowmem.optim.refresh import Refresh
 from lowmem.optim.rule import Context, Direction, Factors, Rule, Scope, Shape, Slot, State
@@ -81,7 +82,7 @@ class LowRank(Rule):
         if not ctx.ask(torch.isfinite(largest) & (largest > 0), assume=True):
             return changed
         try:
-            P = self._fit(_wide(grad), P_old if has_basis else None, ctx)
+            P = self._fit(wide(grad), P_old if has_basis else None, ctx)
         except torch.linalg.LinAlgError as error:
             ctx.failed(str(error))
             return changed
@@ -96,16 +97,10 @@ class LowRank(Rule):
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> tuple[Direction, dict[str, Tensor]]:
         P = state[BASIS]  # once, as loading it may mean decoding it
-        return self._direction(self._project(grad, P), tuple(grad.shape), P, state, ctx)
+        return self._direction(projected(grad, P), tuple(grad.shape), P, state, ctx)
 
     def project(self, grad: Tensor, state: State) -> Tensor:  # (..., r, n)
-        return self._project(grad, state[BASIS])
-
-    def _project(self, grad: Tensor, P: Tensor) -> Tensor:
-        G = _wide(grad)
-        if G.dim() == 2:
-            return matmul_transposed_fp32(G, P)
-        return torch.stack([matmul_transposed_fp32(G_e, P_e) for G_e, P_e in zip(G, P, strict=True)])
+        return projected(grad, state[BASIS])
 
     def projected_numel(self, shape: Shape) -> int:
         *batch, rows, columns = shape
@@ -152,7 +147,7 @@ class LowRank(Rule):
         """
         total = sum_and_squares(grad)[1]
         at_random = total * (self.rank / min(grad.shape[-2:]))
-        old, new = (sum_and_squares(self._project(grad, basis))[1] - at_random for basis in (P_old, P))
+        old, new = (sum_and_squares(projected(grad, basis))[1] - at_random for basis in (P_old, P))
         # A gradient without preferred directions is served by any basis.
         return torch.where(new > 1e-3 * total, old / new, torch.ones_like(new)).clamp(0, 1).float()
 
@@ -184,8 +179,3 @@ class _Without(State):
 
     def __len__(self) -> int:
         return len(self._state) - len(self._hidden)
-
-
-def _wide(grad: Tensor) -> Tensor:
-    """The gradient itself when it has more columns than rows, else its transpose."""
-    return grad if grad.shape[-2] < grad.shape[-1] else grad.mT

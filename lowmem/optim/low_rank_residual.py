@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from lowmem.numerics.tiles import row_slices
-from lowmem.optim.channel_scaling import lengthening, scaled_rows
+from lowmem.optim.channel_scaling import lengthening, norms_of, scaled_row_makers
 from lowmem.optim.low_rank import BASIS, LowRank
 from lowmem.optim.matrices import matrix_count
 from lowmem.optim.norm_growth import limited_growth
+from lowmem.optim.projected_gradient import projected
 from lowmem.optim.rule import Context, Direction, RowBlocks, Shape, Slot, State
 
 NORM = "residual_norm"
@@ -48,40 +46,18 @@ class LowRankWithResidual(LowRank):
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> tuple[Direction, dict[str, Tensor]]:
         P = state[BASIS]
-        R = self._project(grad, P)
+        R = projected(grad, P)
         N, changed = self._inner_step(R, state, ctx)
         phi = lengthening(N, R)
         taken = R.mul_(phi.unsqueeze(-2)).mul_(-self.share)  # -share R diag(phi), in R's memory
         if self.growth is not None:
-            S = self._blocks(grad, P, taken, phi)
-            factors, norms = limited_growth(_norms(S, grad), state[NORM], self.growth)
+            S = scaled_row_makers(grad, phi, (P, taken))
+            factors, norms = limited_growth(norms_of(S, grad), state[NORM], self.growth)
             factors = factors.view(*grad.shape[:-2], 1)
             phi, taken = phi.mul_(factors), taken.mul_(factors.unsqueeze(-1))
             changed = {**changed, NORM: norms}
-        blocks = self._blocks(grad, P, taken.add_(N, alpha=self.scale), phi)
-        return RowBlocks(lambda index, rows: blocks[index](rows)), changed
-
-    def _blocks(self, grad: Tensor, P: Tensor, K: Tensor, phi: Tensor) -> list[Callable[[slice], Tensor]]:
-        """Who makes rows of G diag(phi) + P K, one for each matrix of a batch."""
-        is_wide = grad.shape[-2] < grad.shape[-1]
-        if grad.dim() == 2:
-            return [_rows_of(grad, P, K, phi, is_wide)]
-        return [_rows_of(*each, is_wide) for each in zip(grad, P, K, phi, strict=True)]
+        U = scaled_row_makers(grad, phi, (P, taken.add_(N, alpha=self.scale)))
+        return RowBlocks(lambda index, rows: U[index](rows)), changed
 
     def _not_inner(self) -> set[str]:
         return {*super()._not_inner(), NORM}
-
-
-def _rows_of(G: Tensor, P: Tensor, K: Tensor, phi: Tensor, is_wide: bool) -> Callable[[slice], Tensor]:
-    left, right = (P, K) if is_wide else (K.mT, P.mT)
-    factors = phi if is_wide else phi.unsqueeze(1)
-    return lambda rows: scaled_rows(G, rows, factors).addmm_(left[rows], right)
-
-
-def _norms(blocks: list[Callable[[slice], Tensor]], grad: Tensor) -> Tensor:  # (matrices,)
-    """Of directions that are made by rows."""
-    norms = torch.zeros(len(blocks), device=grad.device, dtype=torch.float32)
-    for norm, rows_of in zip(norms, blocks, strict=True):
-        for rows in row_slices(grad.shape[-2:]):
-            norm += torch.linalg.vector_norm(rows_of(rows)).square_()
-    return norms.sqrt_()

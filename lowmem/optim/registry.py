@@ -19,6 +19,7 @@ OPTIMIZERS = {
     "galore": "lowmem.optim.algorithms.galore:GaLore",
     "q_galore": "lowmem.optim.algorithms.q_galore:QGaLore",
     "fira": "lowmem.optim.algorithms.fira:Fira",
+    "apollo": "lowmem.optim.algorithms.apollo:Apollo",
     "frugal": "lowmem.optim.algorithms.frugal:FRUGAL",
 }
 

@@ -50,6 +50,10 @@ SETTINGS: dict[str, list[dict]] = {
         {"rank": 4, "refresh_every": 7, "weight_decay": 0.1, "scale": 0.25},
         {"rank": 4, "refresh_every": 7, "compat": True, "scale": 0.5, "on_refresh": "rotate"},
     ],
+    "apollo": [
+        {"rank": 4, "refresh_every": 7, "weight_decay": 0.1},
+        {"rank": 1, "refresh_every": 7, "scaling": "tensor", "scale": 4.0},
+    ],
     "frugal": [
         {"refresh_every": 7, "weight_decay": 0.1},
         {"refresh_every": 7, "projection": "rows", "density": 0.4, "residual": "sgd", "residual_scale": 1.0},
