@@ -2,6 +2,7 @@
 
     columns, rows   chosen k in float32, and inner's state (as adamw, momentum_buffer, exp_avg, or none) on (m, k) or
                     (k, n) of k = density n columns or density m rows of a matrix (m, n)
+    subspace, svd, random    basis m r, and inner's state on (r, n), m <= n, of r = density m directions, at most m - 1
     block           inner's state on all N values of the tensors whose turn it is, none of the others
     density 0       nothing for a matrix; density 1: inner's state on N
 
@@ -23,15 +24,25 @@ _INNER = {
 }
 
 
+SUBSPACES = frozenset({"subspace", "svd", "random"})
+"""Projections that split along a basis, which is stored."""
+
+
 def frugal_state(settings: Settings, shape: Shape) -> State:
     rule, numel = frugal_rule(settings, shape), math.prod(shape)
     if rule != "split":
         return {name: StateTensor(numel, role) for name, role in _INNER[rule].items()}
+    if settings["projection"] in SUBSPACES:
+        rank = subspace_rank(settings, shape)
+        basis = StateTensor(math.prod(shape[:-2]) * min(shape[-2:]) * rank, "basis")
+        return {"basis": basis, **_inner(settings, numel // min(shape[-2:]) * rank)}
     k = chosen_count(settings, shape)
     chosen = StateTensor(math.prod(shape[:-2]) * k, "factor")
-    part = numel // shape[_split_side(settings)] * k
-    inner = {name: StateTensor(part, role) for name, role in _INNER[settings["inner"]].items()}
-    return {"chosen": chosen, **inner}
+    return {"chosen": chosen, **_inner(settings, numel // shape[_split_side(settings)] * k)}
+
+
+def _inner(settings: Settings, numel: int) -> State:
+    return {name: StateTensor(numel, role) for name, role in _INNER[settings["inner"]].items()}
 
 
 def frugal_rule(settings: Settings, shape: Shape) -> str:
@@ -41,6 +52,12 @@ def frugal_rule(settings: Settings, shape: Shape) -> str:
     if not is_matrix(shape) or settings["density"] == 1:
         return settings["inner"]
     return "split" if settings["density"] else "sign"
+
+
+def subspace_rank(settings: Settings, shape: Shape) -> int:
+    """How many directions of a matrix that is split along a subspace have state."""
+    side = min(shape[-2:])
+    return min(max(1, round(settings["density"] * side)), side - 1)
 
 
 def chosen_count(settings: Settings, shape: Shape) -> int:

@@ -45,10 +45,10 @@ def low_rank_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: i
     """Temporaries at the fullest moment of updating a matrix or a batch of matrices, a refresh included."""
     if algorithm == "apollo":
         return _scaled_bytes(settings, shape, itemsize)
-    project = _project_bytes(settings, shape, itemsize)
+    project = project_bytes(settings, shape, itemsize)
     inner = _projected_update_bytes(settings, shape, itemsize, holds_gradient=True)
     residual = 0 if algorithm in PROJECTED else _residual_bytes(settings, shape, itemsize)
-    return max(project, inner, residual, _refresh_bytes(settings, shape, itemsize, on_cuda))
+    return max(project, inner, residual, refresh_bytes(settings, shape, itemsize, on_cuda))
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,14 @@ def projected(
     return Projected(
         wide=wide,
         accumulator=kept,
-        refresh=_refresh_bytes(settings, shape, itemsize, on_cuda),
-        project=max(_project_bytes(settings, shape, itemsize), wide + (kept if stored < 4 else 0)),
+        refresh=refresh_bytes(settings, shape, itemsize, on_cuda),
+        project=max(project_bytes(settings, shape, itemsize), wide + (kept if stored < 4 else 0)),
         update=inner if stored < 4 else update_wide,
         update_wide=update_wide,
     )
 
 
-def _project_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
+def project_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
     """From the whole gradient to its projection in float32, which is among them."""
     short, long, rank = _sizes(settings, shape)
     tile = min(short * long, update_tiles.TILE_NUMEL)
@@ -121,28 +121,28 @@ def _projected_update_bytes(settings: Settings, shape: Shape, itemsize: int, *, 
 def _residual_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
     """From the projected gradient to the written weight where a direction is made a tile at a time."""
     _, long, rank = _sizes(settings, shape)
-    low, tile = 4 * rank * long, 4 * _tile_of_rows(shape)
-    narrow = _narrow_weight_bytes(settings, shape, itemsize)
+    low, tile = 4 * rank * long, 4 * tile_of_rows(shape)
+    narrow = narrow_weight_bytes(settings, shape, itemsize)
     return _loaded_bytes(settings, shape, itemsize) + low + 4 * long + tile + max(low, narrow)
 
 
 def _scaled_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
     """Of an update in which the gradient itself is scaled and the projection is drawn anew."""
     short, long, rank = _sizes(settings, shape)
-    low, drawn, tile = 4 * rank * long, 4 * short * rank, 4 * _tile_of_rows(shape)
+    low, drawn, tile = 4 * rank * long, 4 * short * rank, 4 * tile_of_rows(shape)
     moments = _copies(settings, shape, itemsize, {"exp_avg": low, "exp_avg_sq": low})
     project = 2 * drawn + low + (4 * min(short * long, update_tiles.TILE_NUMEL) if itemsize < 4 else 0)
     saving = _saving_bytes(settings, shape, itemsize)
-    written = tile + _narrow_weight_bytes(settings, shape, itemsize)
+    written = tile + narrow_weight_bytes(settings, shape, itemsize)
     scaling = 17 * long  # norms of R and of N, where R is none, their ratio or 0
     return max(project, moments + 2 * low + scaling, moments + 4 * long + max(saving, written))
 
 
-def _narrow_weight_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
+def narrow_weight_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
     """Of a tile of a weight that is not float32, in float32, its noise and its rounded copy."""
     if itemsize == 4:
         return 0
-    return (4 + (6 if settings["rounding"] == "stochastic" else 0)) * _tile_of_rows(shape)
+    return (4 + (6 if settings["rounding"] == "stochastic" else 0)) * tile_of_rows(shape)
 
 
 def _saving_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
@@ -163,7 +163,7 @@ def _loaded_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
     return _copies(settings, shape, itemsize, sizes)
 
 
-def _tile_of_rows(shape: Shape) -> int:
+def tile_of_rows(shape: Shape) -> int:
     """Values in the rows of a matrix that are worked on at one time."""
     *_, rows, columns = shape
     return min(rows, max(1, update_tiles.TILE_NUMEL // columns)) * columns
@@ -175,7 +175,7 @@ def _copies(settings: Settings, shape: Shape, itemsize: int, sizes: dict[str, in
     return sum(size for name, size in sizes.items() if stored_itemsize(tensors[name], settings, itemsize) < 4)
 
 
-def _refresh_bytes(settings: Settings, shape: Shape, itemsize: int, on_cuda: bool) -> int:
+def refresh_bytes(settings: Settings, shape: Shape, itemsize: int, on_cuda: bool) -> int:
     short, long, rank = _sizes(settings, shape)
     whole, old = 4 * short * long, 4 * short * rank
     basis = StateTensor(short * rank, "basis")

@@ -17,7 +17,8 @@ import math
 
 from lowmem.memory import update_tiles
 from lowmem.memory.architecture import Shape
-from lowmem.memory.frugal_states import chosen_count
+from lowmem.memory.frugal_states import SUBSPACES, chosen_count
+from lowmem.memory.low_rank_split_formulas import low_rank_split_bytes
 from lowmem.memory.state_formulas import (
     INT8_BLOCK,
     state_values,
@@ -28,8 +29,10 @@ from lowmem.memory.state_tensors import Settings
 from lowmem.memory.update_tiles import saving_bytes
 
 
-def split_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
+def split_bytes(settings: Settings, shape: Shape, itemsize: int, *, on_cuda: bool) -> int:
     """Temporaries at the fullest moment of updating a matrix or a batch of matrices."""
+    if settings["projection"] in SUBSPACES:
+        return low_rank_split_bytes(settings, shape, itemsize, on_cuda=on_cuda)
     *_, m, n = shape
     rows = min(m, max(1, update_tiles.TILE_NUMEL // n))
     k = chosen_count(settings, shape)
@@ -61,4 +64,6 @@ def _rows_in_a_tile(rows: int, k: int, m: int) -> int:
 
 def number_bytes(settings: Settings, shape: Shape) -> int:
     """Of the numbers of columns or rows, from an update's first block to its last."""
+    if settings["projection"] in SUBSPACES:
+        return 0  # a whole gradient is wanted
     return 8 * math.prod(shape[:-2]) * chosen_count(settings, shape)

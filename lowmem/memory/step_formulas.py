@@ -37,7 +37,7 @@ def update_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: int
     if algorithm in ROW_BLOCKS and is_matrix(shape):
         return row_block_bytes(algorithm, settings, shape, itemsize)
     if algorithm == "frugal" and frugal_rule(settings, shape) == "split":
-        return split_bytes(settings, shape, itemsize)
+        return split_bytes(settings, shape, itemsize, on_cuda=on_cuda)
     if algorithm == "adafactor":
         return unfactored_bytes(settings, shape, itemsize)
     return _element_bytes("adamw" if algorithm == "sinkgd" else algorithm, settings, shape, itemsize)

@@ -24,6 +24,7 @@ from lowmem.hf.tiled_cross_entropy import columns_per_tile as real_columns_per_t
 from lowmem.memory import (
     activation_loss,
     estimate_method,
+    frugal_states,
     low_rank_formulas,
     row_gradient_formulas,
     state_formulas,
@@ -477,6 +478,14 @@ UPDATES = [
     {"density": 0.6, "inner": "momentum", "rounding": "nearest"},
     {"density": 0.4, "inner": "sign"},
     {"density": 0.4, "projection": "block"},
+    {"density": 0.2, "projection": "random"},
+    {
+        "density": 0.2,
+        "projection": "subspace",
+        "inner": "lion",
+        "storage": {"moment": "fp32", "basis": "fp32"},
+    },
+    {"density": 0.2, "projection": "svd", "inner": "momentum", "residual": "none", "rounding": "nearest"},
     {"density": 0.4, "projection": "block", "inner": "momentum", "storage": {"moment": "fp32"}},
 ]
 
@@ -519,8 +528,10 @@ def owned(param, optimizer):
 
 def is_refreshed_only_once(name: str, settings: dict, shape: tuple[int, ...]) -> bool:
     """The second step has no refresh, and the formula's number is of one that has."""
-    return name == "sgd_sai" or (
-        name in ("galore", "q_galore", "fira") and len(shape) == 2 and settings.get("rank", 128) < 96
+    return (
+        name == "sgd_sai"
+        or (name in ("galore", "q_galore", "fira") and len(shape) == 2 and settings.get("rank", 128) < 96)
+        or (name == "frugal" and len(shape) == 2 and settings.get("projection") in frugal_states.SUBSPACES)
     )
 
 

@@ -28,7 +28,7 @@ def test_a_step_between_two_refreshes_holds_what_the_formula_says(name, shape, d
     for module in (tiles, update_tiles):
         monkeypatch.setattr(module, "TILE_NUMEL", 1 << 14)
         monkeypatch.setattr(module, "CODED_NUMEL", 1 << 12)
-    monkeypatch.setattr(low_rank_formulas, "_refresh_bytes", lambda *args: 0)
+    monkeypatch.setattr(low_rank_formulas, "refresh_bytes", lambda *args: 0)
     for settings in SETTINGS:
         settings = {"rank": 64, **settings}
         param = nn.Parameter(torch.randn(shape).to(dtype))

@@ -58,6 +58,7 @@ SETTINGS: dict[str, list[dict]] = {
         {"refresh_every": 7, "weight_decay": 0.1},
         {"refresh_every": 7, "projection": "rows", "density": 0.4, "residual": "sgd", "residual_scale": 1.0},
         {"refresh_every": 5, "projection": "block", "density": 0.4, "weight_decay": 0.1},
+        {"refresh_every": 4, "projection": "subspace", "density": 0.4, "residual": "sgd"},
     ],
 }
 
@@ -72,6 +73,9 @@ TWIN_SETTINGS: dict[str, list[dict]] = {
             "inner": "momentum",
             "residual": "sgd",
         },
+        {"refresh_every": 4, "projection": "svd", "inner": "momentum", "weight_decay": 0.1},
+        {"refresh_every": 4, "projection": "random", "density": 0.4, "inner": "lion"},
+        {"refresh_every": 4, "projection": "subspace", "residual": "none"},
         {"inner": "sign"},
         {"density": 0.0},
         {"density": 1.0},

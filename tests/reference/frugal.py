@@ -1,4 +1,4 @@
-"""FRUGAL, arXiv:2411.07837 algorithm 1, splitting matrices along columns or rows."""
+"""FRUGAL, arXiv:2411.07837 algorithm 1, splitting along columns, rows, whole tensors or a subspace."""
 
 from __future__ import annotations
 
@@ -80,12 +80,39 @@ class FRUGALReference:
         rest = self.without_state(g)
         if self.density == 0:
             return rest
+        if self.projection in ("svd", "subspace", "random"):
+            return self.along_a_subspace(i, g)
         if (self.t[i] - 1) % self.every == 0:
             self.chosen[i] = self.mask(f"0.{i}", self.t[i], g)
             self.m[i], self.v[i] = torch.zeros_like(g), torch.zeros_like(g)
         k = (self.t[i] - 1) % self.every + 1
         u, self.m[i], self.v[i] = self.with_state(g, self.m[i], self.v[i], k)
         return torch.where(self.chosen[i], u, rest)
+
+    def along_a_subspace(self, i, g):
+        k = (self.t[i] - 1) % self.every + 1
+        G = g.mT if g.shape[-2] >= g.shape[-1] else g
+        if k == 1:
+            self.chosen[i] = self.basis(f"0.{i}", self.t[i], G)
+        P = self.chosen[i]
+        R = P.mT @ G
+        if k == 1:
+            self.m[i], self.v[i] = torch.zeros_like(R), torch.zeros_like(R)
+        N, self.m[i], self.v[i] = self.with_state(R, self.m[i], self.v[i], k)
+        u = P @ N + self.without_state(G - P @ R)
+        return u.mT if g.shape[-2] >= g.shape[-1] else u
+
+    def basis(self, name, step, G):
+        side = G.shape[-2]
+        r = min(max(1, round(self.density * side)), side - 1)
+        if self.projection == "random":
+            generator = torch.Generator().manual_seed(seed_of(self.seed, name, step, "basis"))
+            drawn = [torch.randn(side, r, generator=generator) for _ in range(len(G) if G.dim() == 3 else 1)]
+            P = torch.linalg.qr(torch.stack(drawn).to(G.dtype)).Q.view(*G.shape[:-1], -1)
+        else:
+            P = torch.linalg.svd(G, full_matrices=False).U[..., :r]
+        largest = P.gather(-2, P.abs().argmax(-2, keepdim=True))
+        return P * largest.sign()
 
     def mask(self, name, step, g):
         """True in the chosen columns or rows of each matrix."""
@@ -117,13 +144,16 @@ class FRUGALReference:
 
 def choice(count, among, *parts):
     """`count` of the numbers below `among`: the first of a shuffle whose swaps are drawn from the hash of `parts`."""
-    text = "\x1f".join(map(str, parts))
-    seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") // 2
-    draw, numbers = random.Random(seed), list(range(among))
+    draw, numbers = random.Random(seed_of(*parts)), list(range(among))
     for i in range(count):
         j = i + int(draw.random() * (among - i))
         numbers[i], numbers[j] = numbers[j], numbers[i]
     return numbers[:count]
+
+
+def seed_of(*parts):
+    text = "\x1f".join(map(str, parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") // 2
 
 
 reference = FRUGALReference

@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 
 from lowmem.optim.block_switch import BlockSwitch
 from lowmem.optim.engine import LowMemOptimizer
+from lowmem.optim.low_rank_split import LowRankSplit
 from lowmem.optim.matrices import is_matrix
+from lowmem.optim.projections import PROJECTIONS
 from lowmem.optim.refresh import Every
 from lowmem.optim.rule import Rule, Shape
 from lowmem.optim.rules.adam import Adam
@@ -31,7 +33,14 @@ class FRUGAL(LowMemOptimizer):
 
     `projection="rows"` takes rows instead. `projection="block"` takes whole tensors: k = density n of the n in a group
     take the inner rule and the others signs, until others have their turn, drawn at random or in an `order`; state is
-    freed at the end of a turn. That is cheapest in time, and what the paper pre-trains with.
+    freed at the end of a turn. That is cheapest in time, and what the paper pre-trains with. `subspace`, `svd` and
+    `random` split each gradient G, (m, n) or its transpose with m <= n, along a basis that is fitted or drawn anew at
+    every refresh:
+
+        P <- r = density m leading singular vectors of G, nearly or exactly, or random ones          (m, r)
+        R <- P^T G;  U <- P Adam(R) + residual_scale sign(G - P R)               moments on (r, n)
+
+    A sign is as long however little P leaves out of G. Columns and blocks need no decomposition and no basis.
 
     `inner` is the rule with state: Adam, Lion, a running mean of the gradient (`momentum`, decay betas[0]) or, without
     any, its sign. `residual` is the rule for the rest: `sign`, the gradient itself (`sgd`) or nothing (`none`). After a
@@ -46,9 +55,10 @@ class FRUGAL(LowMemOptimizer):
 
     Source: Zmushko et al., "FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for Scalable
     Training", arXiv:2411.07837, algorithm 1. Differs from the authors' code: columns depend on seed, name and step,
-    so that a resumed run and every process have the same; k is rounded and at least 1, where it is cut off; a
-    parameter counts its own steps, so that one without a gradient (an expert that saw no token) is left alone,
-    where the code fails; weight decay uses the weight before the step; state may be kept in few bits.
+    so that a resumed run and every process have the same; k is rounded and at least 1, where it is cut off; turns of
+    blocks are counted by the steps of their group; other parameters count their own, so that one without a gradient
+    (an expert that saw no token) is left alone, where the code fails; weight decay uses the weight before the step;
+    state may be kept in few bits.
     """
 
     algorithm = "frugal"
@@ -63,8 +73,8 @@ class FRUGAL(LowMemOptimizer):
             float, Range(at_least=0, at_most=1), "share of each matrix that has state (rho in the paper)"
         ] = 0.25,
         projection: Annotated[
-            Literal["columns", "rows", "block"],
-            "what has state: part of each matrix, or whole tensors in turn",
+            Literal["columns", "rows", "block", "subspace", "svd", "random"],
+            "what has state: part of each matrix, whole tensors in turn, or a subspace of each gradient",
         ] = "columns",
         order: Annotated[
             Literal["random", "ascending", "descending", "mirror"], "in which blocks take turns"
@@ -125,6 +135,15 @@ class FRUGAL(LowMemOptimizer):
                     "Raise density, or set residual to 'sign' or 'sgd'."
                 )
             return residual
+        if group["projection"] in PROJECTIONS:
+            return LowRankSplit(
+                inner=inner,
+                residual=residual,
+                projection=PROJECTIONS[group["projection"]],
+                rank=rank_for(density, shape),
+                refresh_every=Every(group["refresh_every"]),
+                on_refresh="reset",
+            )
         return Split(
             inner=inner,
             residual=residual,
@@ -132,6 +151,12 @@ class FRUGAL(LowMemOptimizer):
             density=density,
             refresh_every=Every(group["refresh_every"]),
         )
+
+
+def rank_for(density: float, shape: Shape) -> int:
+    """The dimension of the subspace with state, which leaves out at least one direction."""
+    side = min(shape[-2:])
+    return min(max(1, round(density * side)), side - 1)
 
 
 def _takes_turns(group: dict[str, Any]) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from lowmem.optim.projections.projection import Projection
+from lowmem.optim.projections.random import Random
 from lowmem.optim.projections.subspace import Subspace
 from lowmem.optim.projections.svd import Svd
 
-PROJECTIONS: dict[str, Projection] = {"subspace": Subspace(), "svd": Svd()}
+PROJECTIONS: dict[str, Projection] = {"subspace": Subspace(), "svd": Svd(), "random": Random()}
 """By the name a recipe uses."""

@@ -32,5 +32,10 @@ class Stateless(Rule):
         """The direction in float32, a new tensor."""
         if self.form == "none":
             return torch.zeros_like(grad, dtype=torch.float32)
-        wide = grad.to(torch.float32, copy=True)
-        return (wide.sign_() if self.form == "sign" else wide).mul_(self.scale)
+        return self.of_(grad.to(torch.float32, copy=True))
+
+    def of_(self, grad: Tensor) -> Tensor:
+        """The direction in the memory of a float32 gradient."""
+        if self.form == "none":
+            return grad.zero_()
+        return (grad.sign_() if self.form == "sign" else grad).mul_(self.scale)
