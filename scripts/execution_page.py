@@ -66,8 +66,8 @@ gradients, and the rows of the gradient are made from these, used and dropped, s
 tied to its embedding waits until backward reaches that, and its rows are the sums of both. The input gradient is made
 before any row changes, so rows are those of the whole gradient up to the order in which a matrix product adds. It applies
 where it is exact: one micro-batch a step, one process, no clipping; for the head `train.loss: chunked` and a plain or int8
-linear layer, for the embedding a plain or int8 one; an optimizer that can take rows, which all but a low-rank rule can. In
-every other case the gradient is whole, and the run says so. The price is time: a whole gradient takes four matrix products
+linear layer, for the embedding a plain or int8 one; an optimizer that can take rows, which all can but those that project
+or whiten the weight. In every other case the gradient is whole, and the run says so. The price is time: a whole gradient takes four matrix products
 of vocabulary x width x tokens a step, rows five, and two more for each further pass over the gradient (Adafactor makes
 three passes: nine products). A gradient by rows is taken for finite where the loss and all it is made of are.
 

@@ -6,7 +6,8 @@
     sgd_sai     momentum_buffer N (nothing without momentum), gsnr 1 in float32
     adafactor   exp_avg_sq_row and exp_avg_sq_col, m + n in float32, or exp_avg_sq N in float32 for what is no matrix;
                 exp_avg N with beta1
-    sinkgd      nothing; momentum_buffer N with momentum; as adamw for what is no matrix
+    sinkgd      nothing; momentum_buffer N with momentum; as adamw for what is no matrix; muon likewise
+    swan        nothing; as adamw for what is no matrix
     frugal      see `frugal_states`
     low rank    see `low_rank_states`
 
@@ -40,7 +41,7 @@ STEP_BYTES = 4
 
 
 def _sgd(settings: Settings, shape: Shape) -> State:
-    return {"momentum_buffer": StateTensor(math.prod(shape))} if settings["momentum"] else {}
+    return {"momentum_buffer": StateTensor(math.prod(shape))} if settings.get("momentum") else {}
 
 
 def _sgd_sai(settings: Settings, shape: Shape) -> State:
@@ -59,7 +60,7 @@ def _adafactor(settings: Settings, shape: Shape) -> State:
     }
 
 
-def _sinkgd(settings: Settings, shape: Shape) -> State:
+def _normalised(settings: Settings, shape: Shape) -> State:
     return _sgd(settings, shape) if is_matrix(shape) else adamw_state(settings, shape)
 
 
@@ -68,13 +69,15 @@ FORMULAS: dict[str, Callable[[Settings, Shape], State]] = {
     "sgd": _sgd,
     "sgd_sai": _sgd_sai,
     "adafactor": _adafactor,
-    "sinkgd": _sinkgd,
+    "sinkgd": _normalised,
+    "swan": _normalised,
+    "muon": _normalised,
     **LOW_RANK_STATES,
     "frugal": frugal_state,
 }
 """A new optimizer is one function, and a name below if it treats matrices only."""
 
-TREATS_MATRICES = frozenset({*LOW_RANK_STATES, "sinkgd", "frugal"})
+TREATS_MATRICES = frozenset({*LOW_RANK_STATES, "sinkgd", "swan", "muon", "frugal"})
 """Optimizers that leave all but the targeted matrices to the fallback."""
 
 _FORMAT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 1}

@@ -9,7 +9,7 @@ Element-wise rules work on tiles of n = 2^21 values (a smaller parameter whole),
 
 Nothing but a scalar where torch's fused kernel does it all: weight, gradient and state of one dtype, and no stochastic
 rounding. Low-rank rules and rules whose direction is made a block of rows at a time have pages of their own:
-`low_rank_formulas`, `row_block_formulas` and `split_formulas`.
+`low_rank_formulas`, `row_block_formulas`, `split_formulas` and `whitened_formulas`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from lowmem.memory.split_formulas import split_bytes
 from lowmem.memory.state_formulas import state_values, stored_itemsize, with_defaults
 from lowmem.memory.state_tensors import Settings, is_low_rank, is_matrix
 from lowmem.memory.update_tiles import saving_bytes
+from lowmem.memory.whitened_formulas import WHITENED, whitened_bytes
 
 
 def update_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: int, *, on_cuda: bool) -> int:
@@ -36,11 +37,17 @@ def update_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: int
         return low_rank_bytes(algorithm, settings, shape, itemsize, on_cuda=on_cuda)
     if algorithm in ROW_BLOCKS and is_matrix(shape):
         return row_block_bytes(algorithm, settings, shape, itemsize)
+    if algorithm in WHITENED and is_matrix(shape):
+        return whitened_bytes(algorithm, settings, shape, itemsize, on_cuda=on_cuda)
     if algorithm == "frugal" and frugal_rule(settings, shape) == "split":
         return split_bytes(settings, shape, itemsize, on_cuda=on_cuda)
     if algorithm == "adafactor":
         return unfactored_bytes(settings, shape, itemsize)
-    return _element_bytes("adamw" if algorithm == "sinkgd" else algorithm, settings, shape, itemsize)
+    return _element_bytes("adamw" if algorithm in _ADAM_ELSEWHERE else algorithm, settings, shape, itemsize)
+
+
+_ADAM_ELSEWHERE = frozenset({"sinkgd", *WHITENED})
+"""Optimizers that treat with Adam what is no matrix."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 | operator | allowance | why |
 |---|---|---|
 | matrix products | 32 MiB, for good | cuBLAS's workspace as PyTorch sets it on compute capability 9.0; 8.1 MiB before |
-| svd | 3 copies of the matrix in float32 | a column-major copy, the factors before they are copied out, the solver |
+| svd | 3 copies of the matrix | a column-major copy, the factors before they are copied out, the solver |
 | qr | 2 copies | a column-major copy and the solver |
 | eigh | 3 copies | a column-major copy and the divide-and-conquer workspace of two |
 | product with a 4-bit matrix | the matrix in the input's dtype | bitsandbytes expands it first for many tokens |
@@ -39,7 +39,7 @@ def cuda_workspace_bytes(func: Any, args: tuple[Any, ...]) -> int:
     """Bytes that `func` takes on CUDA until it returns, beyond its arguments and results."""
     if func in _COPIES:
         matrix: Tensor = args[0]
-        return _COPIES[func] * matrix.numel() * _FLOAT32
+        return _COPIES[func] * matrix.numel() * matrix.itemsize
     if func.name() == _PACKED_PRODUCT:  # there is no such operator before bitsandbytes is imported
         return math.prod(args[2]) * args[0].itemsize
     if func is _ATTENTION_BACKWARD:

@@ -15,10 +15,12 @@ from lowmem.optim.algorithms.apollo import Apollo
 from lowmem.optim.algorithms.fira import Fira
 from lowmem.optim.algorithms.frugal import FRUGAL
 from lowmem.optim.algorithms.galore import GaLore
+from lowmem.optim.algorithms.muon import Muon
 from lowmem.optim.algorithms.q_galore import QGaLore
 from lowmem.optim.algorithms.sgd import SGD
 from lowmem.optim.algorithms.sgd_sai import SGDSaI
 from lowmem.optim.algorithms.sinkgd import SinkGD
+from lowmem.optim.algorithms.swan import Swan
 from lowmem.optim.build import build_optimizer
 from lowmem.optim.engine import LowMemOptimizer
 from lowmem.optim.registry import OPTIMIZERS
@@ -33,8 +35,10 @@ __all__ = [
     "Fira",
     "GaLore",
     "LowMemOptimizer",
+    "Muon",
     "QGaLore",
     "SGDSaI",
     "SinkGD",
+    "Swan",
     "build_optimizer",
 ]

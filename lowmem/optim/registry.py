@@ -16,6 +16,8 @@ OPTIMIZERS = {
     "sgd_sai": "lowmem.optim.algorithms.sgd_sai:SGDSaI",
     "adafactor": "lowmem.optim.algorithms.adafactor:Adafactor",
     "sinkgd": "lowmem.optim.algorithms.sinkgd:SinkGD",
+    "swan": "lowmem.optim.algorithms.swan:Swan",
+    "muon": "lowmem.optim.algorithms.muon:Muon",
     "galore": "lowmem.optim.algorithms.galore:GaLore",
     "q_galore": "lowmem.optim.algorithms.q_galore:QGaLore",
     "fira": "lowmem.optim.algorithms.fira:Fira",

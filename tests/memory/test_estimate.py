@@ -471,6 +471,8 @@ UPDATES = [
     {"relative": True},
     {"normalize": "row"},
     {"momentum": 0.9, "iterations": 2},
+    {"whitening": "newton_schulz"},
+    {"whitening": "eigh", "storage": {"moment": "fp32"}},
     {"density": 0.0, "residual": "sgd"},
     {"density": 1.0, "inner": "lion"},
     {"density": 0.9},

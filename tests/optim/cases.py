@@ -30,6 +30,8 @@ SETTINGS: dict[str, list[dict]] = {
         {"iterations": 1, "scale": 1.0, "momentum": 0.9},
         {"normalize": "row", "momentum": 0.5},
     ],
+    "swan": [{"weight_decay": 0.1}, {"whitening": "newton_schulz", "iterations": 6}],
+    "muon": [{"weight_decay": 0.1}, {"nesterov": False, "momentum": 0.5, "adjust_lr": "original"}],
     "galore": [
         {"rank": 4, "refresh_every": 7, "projection": "svd", "weight_decay": 0.1, "stagger": False},
         {"rank": 4, "refresh_every": 7, "projection": "subspace", "scale": 0.25},
