@@ -6,6 +6,8 @@ For a matrix (m, n) with m <= n of rank r, tiles of t values, a width of w = r +
     inner Adam   basis 4 m r; R, both moments and the direction 4 r n each
     write back   basis 4 m r; moments and direction 4 r n each; a tile's weight, noise, rounded copy 10 t
     refresh      old basis 4 m r, start 4 m w, product and scaled product 4 w n each, qr's result 4 w n
+    choose       "dct": a tile of the gradient 4 t and its transform 4 t; where moments are rotated both new ones 4 r n
+                 each, and an old one or the rounding of a new one
     compare      where it is lazy: both bases 4 m r each, and two float32 copies of a tile of the gradient, or
                  a transposed basis 4 m r, R 4 r n and a copy of one
 
@@ -24,31 +26,40 @@ from dataclasses import dataclass
 from lowmem.memory import update_tiles
 from lowmem.memory.architecture import Shape
 from lowmem.memory.ledger import rounded
+from lowmem.memory.low_rank_states import LOW_RANK_STATES
 from lowmem.memory.state_formulas import state_values, stored_itemsize, with_defaults
 from lowmem.memory.state_tensors import Settings, StateTensor, is_low_rank
 from lowmem.memory.update_tiles import saving_bytes
 
-PROJECTED = frozenset({"galore", "q_galore"})
-"""Optimizers that see the gradient of a matrix through its projection only."""
-
-LOW_RANK = PROJECTED | {"fira", "apollo"}
+LOW_RANK = frozenset(LOW_RANK_STATES)
 """Optimizers of which this page knows what a matrix takes."""
 
 OVERSAMPLE = 16
 """Columns of a subspace iteration beyond the rank, as in `lowmem.numerics.linalg`; a test holds the two equal."""
 
-SVD_COPIES, QR_COPIES = 3, 2
-"""Workspaces on CUDA, in float32 copies of the matrix, as `lowmem.memory.workspaces` states them."""
+SVD_COPIES, QR_COPIES, FFT_COPIES = 3, 2, 2
+"""Workspaces on CUDA, in float32 copies of what is transformed, as `lowmem.memory.workspaces` states them."""
 
 
 def low_rank_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: int, *, on_cuda: bool) -> int:
     """Temporaries at the fullest moment of updating a matrix or a batch of matrices, a refresh included."""
     if algorithm == "apollo":
         return _scaled_bytes(settings, shape, itemsize)
+    settings = _with_basis(algorithm, settings)
     project = project_bytes(settings, shape, itemsize)
     inner = _projected_update_bytes(settings, shape, itemsize, holds_gradient=True)
-    residual = 0 if algorithm in PROJECTED else _residual_bytes(settings, shape, itemsize)
+    is_whole = not _sees_projection_only(algorithm, settings)
+    residual = _residual_bytes(settings, shape, itemsize) if is_whole else 0
     return max(project, inner, residual, refresh_bytes(settings, shape, itemsize, on_cuda))
+
+
+def _sees_projection_only(algorithm: str, settings: Settings) -> bool:
+    """Whether the rule of a matrix sees the gradient through its projection only."""
+    return algorithm in ("galore", "q_galore") or settings.get("residual") == "none"
+
+
+def _with_basis(algorithm: str, settings: Settings) -> Settings:
+    return {**settings, "projection": "dct"} if algorithm == "dct_adamw" else settings
 
 
 @dataclass(frozen=True)
@@ -74,8 +85,10 @@ def projected(
 ) -> Projected | None:
     """None for a parameter whose rule needs the whole gradient."""
     settings = with_defaults(algorithm, settings)
-    if algorithm not in PROJECTED or not is_low_rank(settings, shape):
+    is_treated = algorithm in LOW_RANK and is_low_rank(settings, shape)
+    if not is_treated or not _sees_projection_only(algorithm, settings):
         return None
+    settings = _with_basis(algorithm, settings)
     _, long, rank = _sizes(settings, shape)
     stored = {"param": itemsize, "bf16": 2, "fp32": 4}[settings["accumulator"]]
     wide, kept = rounded(4 * rank * long), rounded(stored * rank * long)
@@ -96,10 +109,10 @@ def project_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
     """From the whole gradient to its projection in float32, which is among them."""
     short, long, rank = _sizes(settings, shape)
     tile = min(short * long, update_tiles.TILE_NUMEL)
-    basis = 4 * short * rank
+    transposed = 4 * short * rank
     return (
-        _copies(settings, shape, itemsize, {"basis": basis})
-        + basis
+        _basis_bytes(settings, shape, itemsize)
+        + transposed
         + 4 * rank * long
         + (4 * tile if itemsize < 4 else 0)
     )
@@ -157,10 +170,18 @@ def _saving_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
 
 def _loaded_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
     """Of basis and moments in float32."""
-    short, long, rank = _sizes(settings, shape)
+    _, long, rank = _sizes(settings, shape)
     low = 4 * rank * long
-    sizes = {"basis": 4 * short * rank, "exp_avg": low, "exp_avg_sq": low}
-    return _copies(settings, shape, itemsize, sizes)
+    moments = _copies(settings, shape, itemsize, {"exp_avg": low, "exp_avg_sq": low})
+    return _basis_bytes(settings, shape, itemsize) + moments
+
+
+def _basis_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:
+    """Of a basis in float32 that is decoded or made."""
+    short, _, rank = _sizes(settings, shape)
+    basis = 4 * short * rank
+    is_made = settings["projection"] == "dct"
+    return basis if is_made else _copies(settings, shape, itemsize, {"basis": basis})
 
 
 def tile_of_rows(shape: Shape) -> int:
@@ -180,6 +201,8 @@ def refresh_bytes(settings: Settings, shape: Shape, itemsize: int, on_cuda: bool
     whole, old = 4 * short * long, 4 * short * rank
     basis = StateTensor(short * rank, "basis")
     saved = old + saving_bytes(basis, settings, itemsize, short * rank)
+    if settings["projection"] == "dct":
+        return _choice_bytes(settings, shape, itemsize, on_cuda)
     if settings["projection"] == "svd":
         copy = whole if itemsize < 4 else 0
         factors = 4 * (short * short + short + short * long)
@@ -191,6 +214,19 @@ def refresh_bytes(settings: Settings, shape: Shape, itemsize: int, on_cuda: bool
     orthonormal = start + 2 * product + (QR_COPIES * product if on_cuda else 0)
     compared = _comparison_bytes(settings, shape, itemsize)
     return max(old + max(multiplied, orthonormal), saved, compared)
+
+
+def _choice_bytes(settings: Settings, shape: Shape, itemsize: int, on_cuda: bool) -> int:
+    """Of choosing cosine vectors, and of moving the moments of those that stay."""
+    short, long, rank = _sizes(settings, shape)
+    columns = min(long, max(1, update_tiles.TILE_NUMEL // short))
+    tile, spectrum = 4 * short * columns, 8 * (short // 2 + 1) * columns
+    transformed = tile + spectrum + (FFT_COPIES * tile if on_cuda else 0)
+    if settings.get("on_refresh") != "rotate":
+        return transformed
+    low = 4 * rank * long
+    loaded = _copies(settings, shape, itemsize, {"exp_avg_sq": low})
+    return max(transformed, 2 * low + max(loaded, _saving_bytes(settings, shape, itemsize)))
 
 
 def _comparison_bytes(settings: Settings, shape: Shape, itemsize: int) -> int:

@@ -5,6 +5,9 @@ galore      basis m r, exp_avg r n, exp_avg_sq r n
 q_galore    as galore, and 3 + similarity_window in float32 while it is lazy
 fira        as galore, and 1 of each matrix in float32, unless growth_limit is None
     apollo      as fira, without a basis
+    dct_adamw   as fira, or as galore where residual is none, with the basis "dct"
+
+The basis "dct" is r in float32.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ def _galore(settings: Settings, shape: Shape) -> State:
         return adamw_state(settings, shape)
     *batch, rows, columns = shape
     short, long = min(rows, columns), max(rows, columns)
-    basis = StateTensor(math.prod(batch) * short * settings["rank"], "basis")
+    numel = math.prod(batch) * settings["rank"]
+    is_cosine = settings["projection"] == "dct"
+    basis = StateTensor(numel, "factor") if is_cosine else StateTensor(numel * short, "basis")
     return {"basis": basis, **adamw_state(settings, (*batch, settings["rank"], long))}
 
 
@@ -38,8 +43,14 @@ def _fira(settings: Settings, shape: Shape) -> State:
 
 
 def _apollo(settings: Settings, shape: Shape) -> State:
-    state = {name: each for name, each in _galore(settings, shape).items() if name != "basis"}
+    state = _galore({**settings, "projection": "none"}, shape)
+    state.pop("basis", None)
     return {**state, **_limiter("scaled_norm", settings, shape)}
+
+
+def _dct_adamw(settings: Settings, shape: Shape) -> State:
+    in_cosines = {**settings, "projection": "dct"}
+    return (_galore if settings["residual"] == "none" else _fira)(in_cosines, shape)
 
 
 def _limiter(name: str, settings: Settings, shape: Shape) -> State:
@@ -54,5 +65,6 @@ LOW_RANK_STATES: dict[str, Callable[[Settings, Shape], State]] = {
     "q_galore": _q_galore,
     "fira": _fira,
     "apollo": _apollo,
+    "dct_adamw": _dct_adamw,
 }
 """By the name of the optimizer."""

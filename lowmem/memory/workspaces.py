@@ -6,6 +6,7 @@
 | svd | 3 copies of the matrix | a column-major copy, the factors before they are copied out, the solver |
 | qr | 2 copies | a column-major copy and the solver |
 | eigh | 3 copies | a column-major copy and the divide-and-conquer workspace of two |
+| fft | 2 copies of what is transformed | cuFFT's copy where transforms do not lie next to each other, and its own |
 | product with a 4-bit matrix | the matrix in the input's dtype | bitsandbytes expands it first for many tokens |
 | attention's backward | a float32 copy of the queries, 1 float32 a query and head | flash attention's accumulators |
 
@@ -30,6 +31,7 @@ _COPIES = {
     torch.ops.aten._linalg_svd.default: 3,
     torch.ops.aten.linalg_qr.default: 2,
     torch.ops.aten._linalg_eigh.default: 3,
+    torch.ops.aten._fft_r2c.default: 2,
 }
 _PACKED_PRODUCT = "bitsandbytes::gemm_4bit"
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default

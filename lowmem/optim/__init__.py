@@ -12,6 +12,7 @@ from __future__ import annotations
 from lowmem.optim.algorithms.adafactor import Adafactor
 from lowmem.optim.algorithms.adamw import AdamW
 from lowmem.optim.algorithms.apollo import Apollo
+from lowmem.optim.algorithms.dct_adamw import DctAdamW
 from lowmem.optim.algorithms.fira import Fira
 from lowmem.optim.algorithms.frugal import FRUGAL
 from lowmem.optim.algorithms.galore import GaLore
@@ -32,6 +33,7 @@ __all__ = [
     "Adafactor",
     "AdamW",
     "Apollo",
+    "DctAdamW",
     "Fira",
     "GaLore",
     "LowMemOptimizer",

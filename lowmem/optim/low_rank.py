@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -56,13 +57,13 @@ class LowRank(Rule):
         *batch, rows, columns = shape
         m, n = min(rows, columns), max(rows, columns)
         return {
-            BASIS: Slot((*batch, m, self.rank), "basis"),
+            BASIS: self.projection.slot(tuple(batch), m, self.rank),
             **self.inner.slots((*batch, self.rank, n)),
             **self.refresh_every.slots(),
         }
 
     def recall(self, state: State, ctx: Context) -> None:
-        if ctx.ask(state[BASIS].any(), assume=True):
+        if self.projection.always_fits or ctx.ask(state[BASIS].any(), assume=True):
             ctx.remember(BASIS)
 
     def needs_refresh(self, ctx: Context) -> bool:
@@ -72,35 +73,49 @@ class LowRank(Rule):
         return self.refresh_every.is_due(ctx)
 
     def refresh(self, grad: Tensor, state: State, ctx: Context) -> dict[str, Tensor]:
-        P_old = state[BASIS]
+        old = state[BASIS]
         has_basis = ctx.step > 1 and ctx.knows(BASIS)
         is_due = self.refresh_is_due(ctx)
         if has_basis and not is_due:
             return {}
         changed = self._reset(state) if is_due and self.on_refresh == "reset" else {}
-        largest = largest_magnitude(grad)
-        if not ctx.ask(torch.isfinite(largest) & (largest > 0), assume=True):
+        if not (self.projection.always_fits or _is_usable(grad, ctx)):
             return changed
         try:
-            P = self._fit(wide(grad), P_old if has_basis else None, ctx)
+            new = self._fit(wide(grad), old if has_basis else None, ctx)
         except torch.linalg.LinAlgError as error:
             ctx.failed(str(error))
             return changed
         ctx.remember(BASIS)
-        if has_basis and self.on_refresh == "rotate":
-            changed = self.inner.change_basis(
-                self._inner_state(state), P.mT @ P_old, ctx.at_step(ctx.step - 1)
-            )
-        if has_basis:
-            changed |= self.refresh_every.adapt(lambda: self._similarity(grad, P_old, P), state, ctx)
-        return {BASIS: P, **changed}
+        if not has_basis:
+            return {BASIS: new, **changed}
+        if self.on_refresh == "rotate":
+            changed = self._rotated(state, old, new, tuple(grad.shape), ctx.at_step(ctx.step - 1))
+        P_old, P = (partial(self._vectors, each, tuple(grad.shape)) for each in (old, new))
+        changed |= self.refresh_every.adapt(lambda: self._similarity(grad, P_old(), P()), state, ctx)
+        return {BASIS: new, **changed}
+
+    def _rotated(
+        self, state: State, old: Tensor, new: Tensor, shape: Shape, ctx: Context
+    ) -> dict[str, Tensor]:
+        """inner's state in the new basis."""
+        inner = self._inner_state(state)
+        numbers = self.projection.old_numbers(old, new)
+        if numbers is None:
+            P_old, P = (self._vectors(each, shape) for each in (old, new))
+            return self.inner.change_basis(inner, P.mT @ P_old, ctx)
+        # Where C is a selection of unit vectors, C m is a selection of rows of m, and LDAdam's v is one of v.
+        return {name: _moved_rows(inner[name], numbers) for name in inner}
+
+    def _vectors(self, kept: Tensor, shape: Shape) -> Tensor:  # (..., m, r)
+        return self.projection.vectors(kept, min(shape[-2:]))
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> tuple[Direction, dict[str, Tensor]]:
-        P = state[BASIS]  # once, as loading it may mean decoding it
+        P = self._vectors(state[BASIS], tuple(grad.shape))  # once, as it may mean decoding or making it
         return self._direction(projected(grad, P), tuple(grad.shape), P, state, ctx)
 
     def project(self, grad: Tensor, state: State) -> Tensor:  # (..., r, n)
-        return projected(grad, state[BASIS])
+        return projected(grad, self._vectors(state[BASIS], tuple(grad.shape)))
 
     def projected_numel(self, shape: Shape) -> int:
         *batch, rows, columns = shape
@@ -109,7 +124,7 @@ class LowRank(Rule):
     def update_projected(
         self, projected: Tensor, shape: Shape, state: State, ctx: Context
     ) -> tuple[Direction, dict[str, Tensor]]:
-        return self._direction(projected, shape, state[BASIS], state, ctx)
+        return self._direction(projected, shape, self._vectors(state[BASIS], shape), state, ctx)
 
     def _direction(
         self, R: Tensor, shape: Shape, P: Tensor, state: State, ctx: Context
@@ -134,6 +149,8 @@ class LowRank(Rule):
 
     def _fit_one(self, G: Tensor, start: Tensor | None, generator: torch.Generator) -> Tensor:
         """One matrix of a batch; an expert that saw no token has a zero gradient and takes unit vectors."""
+        if self.projection.always_fits:
+            return self.projection.fit(G, self.rank, start=start, generator=generator)
         safe = torch.where(largest_magnitude(G) > 0, G, torch.eye(*G.shape, device=G.device, dtype=G.dtype))
         return self.projection.fit(safe, self.rank, start=start, generator=generator)
 
@@ -179,3 +196,18 @@ class _Without(State):
 
     def __len__(self) -> int:
         return len(self._state) - len(self._hidden)
+
+
+def _is_usable(grad: Tensor, ctx: Context) -> bool:
+    """Whether a basis can be fitted to it."""
+    largest = largest_magnitude(grad)
+    return ctx.ask(torch.isfinite(largest) & (largest > 0), assume=True)
+
+
+def _moved_rows(
+    x: Tensor,  # (..., r, n)
+    numbers: Tensor,  # (..., r)  of the row that each is to be, -1 for zeros
+) -> Tensor:
+    if x.dim() > 2:
+        return torch.stack([_moved_rows(*each) for each in zip(x, numbers, strict=True)])
+    return x.index_select(0, numbers.clamp_min(0)).mul_((numbers >= 0).unsqueeze(1))

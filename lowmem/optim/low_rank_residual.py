@@ -19,7 +19,7 @@ NORM = "residual_norm"
 
 @dataclass(frozen=True, kw_only=True)
 class LowRankWithResidual(LowRank):
-    """`LowRank`, and beside it the rest of the gradient with the inner rule's scaling (Fira, equations 5 to 8).
+    """`LowRank`, and beside it the rest of the gradient with the inner rule's scaling (Fira).
 
         R, N       as in LowRank                                                 (r, n)
         phi_j <- |N_j| / |R_j|                    columns; 0 where R_j is        (n,)
@@ -45,7 +45,7 @@ class LowRankWithResidual(LowRank):
         return {**super().slots(shape), **norm}
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> tuple[Direction, dict[str, Tensor]]:
-        P = state[BASIS]
+        P = self._vectors(state[BASIS], tuple(grad.shape))
         R = projected(grad, P)
         N, changed = self._inner_step(R, state, ctx)
         phi = lengthening(N, R)

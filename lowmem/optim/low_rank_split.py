@@ -36,7 +36,7 @@ class LowRankSplit(LowRank):
     def update(self, grad: Tensor, state: State, ctx: Context) -> tuple[Direction, dict[str, Tensor]]:
         if self.residual.form == "none":
             return super().update(grad, state, ctx)
-        P = state[BASIS]
+        P = self._vectors(state[BASIS], tuple(grad.shape))
         R = projected(grad, P)
         N, changed = self._inner_step(R, state, ctx)
         if grad.dim() == 2:

@@ -21,7 +21,7 @@ NORM = "scaled_norm"
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectionScaled(Rule):
-    """Scale the gradient by what `inner` does to a random projection of it (APOLLO, algorithm 1).
+    """Scale the gradient by what `inner` does to a random projection of it (APOLLO).
 
         P <- normal numbers / sqrt(r)             anew when `redraw` is due      (m, r)
         R <- P^T G                                                               (r, n)

@@ -22,6 +22,7 @@ OPTIMIZERS = {
     "q_galore": "lowmem.optim.algorithms.q_galore:QGaLore",
     "fira": "lowmem.optim.algorithms.fira:Fira",
     "apollo": "lowmem.optim.algorithms.apollo:Apollo",
+    "dct_adamw": "lowmem.optim.algorithms.dct_adamw:DctAdamW",
     "frugal": "lowmem.optim.algorithms.frugal:FRUGAL",
 }
 

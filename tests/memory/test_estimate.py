@@ -464,6 +464,8 @@ UPDATES = [
     {"momentum": 0.9, "nesterov": True},
     {"rank": 24},
     {"rank": 24, "projection": "svd"},
+    {"rank": 24, "projection": "dct", "on_refresh": "rotate"},
+    {"rank": 24, "residual": "none"},
     {"rank": 200, "rounding": "nearest"},
     {"beta1": 0.9},
     {"beta1": 0.9, "relative": True, "storage": {"moment": "fp32"}},
@@ -554,6 +556,7 @@ def test_constants_are_those_of_the_code_they_describe():
     assert CUBLAS_BYTES == workspaces.CUBLAS_BYTES
     assert workspaces._COPIES[torch.ops.aten._linalg_svd.default] == low_rank_formulas.SVD_COPIES
     assert workspaces._COPIES[torch.ops.aten.linalg_qr.default] == low_rank_formulas.QR_COPIES
+    assert workspaces._COPIES[torch.ops.aten._fft_r2c.default] == low_rank_formulas.FFT_COPIES
     one = collate(0)([{"input_ids": [1], "labels": [1]}])
     assert one["input_ids"].shape[1] == PAD_TO
 

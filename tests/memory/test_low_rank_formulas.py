@@ -12,7 +12,7 @@ from lowmem.optim.registry import optimizer_class
 from tests.optim.cases import LOW_BIT
 from tests.optim.live_bytes import PeakOfNewBytes
 
-NAMES = ["galore", "fira", "apollo"]
+NAMES = ["galore", "fira", "apollo", "dct_adamw"]
 SETTINGS = [
     {},
     {"rounding": "nearest"},

@@ -29,6 +29,8 @@ SHAPES = [(1,), (7,), (300,), (64, 64), (33, 130), (130, 33), (129, 40), (3, 40,
 VARIED = {
     "momentum": [0.0, 0.9],
     "beta1": [0.0, 0.9],
+    "projection": ["subspace", "dct"],
+    "residual": ["scaled", "none"],
     "growth_limit": [None, 1.01],
     "rank": [None, 1, 32, 200],
     "density": [0.0, 0.01, 0.3, 1.0],
@@ -56,7 +58,12 @@ SMALL_LLAMA = {
 
 def variations(name: str) -> list[dict]:
     """Every combination of the settings of `name` that decide about state."""
-    own = {key: values for key, values in VARIED.items() if key in optimizer_table()[name]["settings"]}
+    known = optimizer_table()[name]["settings"]
+    own = {
+        key: values
+        for key, values in VARIED.items()
+        if key in known and set(map(str, values)) <= set(known[key].get("choices", map(str, values)))
+    }
     return [dict(zip(own, values, strict=True)) for values in itertools.product(*own.values())]
 
 

@@ -56,6 +56,10 @@ SETTINGS: dict[str, list[dict]] = {
         {"rank": 4, "refresh_every": 7, "weight_decay": 0.1},
         {"rank": 1, "refresh_every": 7, "scaling": "tensor", "scale": 4.0},
     ],
+    "dct_adamw": [
+        {"rank": 4, "weight_decay": 0.1},
+        {"rank": 4, "residual": "none", "refresh_every": 7, "on_refresh": "keep", "scale": 0.5},
+    ],
     "frugal": [
         {"refresh_every": 7, "weight_decay": 0.1},
         {"refresh_every": 7, "projection": "rows", "density": 0.4, "residual": "sgd", "residual_scale": 1.0},

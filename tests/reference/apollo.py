@@ -1,4 +1,4 @@
-"""APOLLO, arXiv:2412.05270 algorithm 1, with its projection as a whole matrix."""
+"""APOLLO, arXiv:2412.05270, with its projection as a whole matrix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fira, arXiv:2410.01623 algorithm 1, with an exact singular value decomposition and the whole residual."""
+"""Fira, arXiv:2410.01623, with an exact singular value decomposition and the whole residual."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class FiraReference(GaLoreReference):
         zeros = torch.zeros_like(G[: self.rank])
         P, m, v, before = state or (torch.zeros(len(G), self.rank, dtype=G.dtype), zeros, zeros, 0.0)
         if self.is_due and G.abs().sum() > 0:
-            P_new = top_left_singular_vectors(G, self.rank)
+            P_new = self.basis(G)
             if self.on_refresh == "rotate" and t > 1:
                 m, v = self.rotate(m, v, P_new.T @ P, t - 1)
             if self.on_refresh == "reset":
@@ -28,16 +28,23 @@ class FiraReference(GaLoreReference):
             P = P_new
         R = P.T @ G
         N, m, v = self.adam(R, m, v, self.k if self.on_refresh == "reset" else t)
-        phi = torch.zeros(G.shape[1], dtype=G.dtype)
-        for j in range(G.shape[1]):
-            if R[:, j].abs().sum() > 0:
-                phi[j] = N[:, j].norm() / R[:, j].norm()
-        S = (G - (self.scale if self.compat else 1) * (P @ R)) * phi
+        S = self.rest(G, P, R, N)
         if self.growth is not None and before > 0 and S.norm() > self.growth * before:
             S = S * (self.growth * before / S.norm())
         u = self.scale * (P @ N) + S
         w.copy_(w - self.lr * ((u.T if tall else u) + self.weight_decay * w))
         return P, m, v, S.norm().item() if S.norm() > 0 else before
+
+    def basis(self, G):
+        return top_left_singular_vectors(G, self.rank)
+
+    def rest(self, G, P, R, N):
+        """The residual, column by column as much longer as N is than R."""
+        phi = torch.zeros(G.shape[1], dtype=G.dtype)
+        for j in range(G.shape[1]):
+            if R[:, j].abs().sum() > 0:
+                phi[j] = N[:, j].norm() / R[:, j].norm()
+        return (G - (self.scale if self.compat else 1) * (P @ R)) * phi
 
 
 reference = FiraReference

@@ -39,7 +39,7 @@ class Apollo(LowMemOptimizer):
     A parameter that is no matrix, or whose smaller side is not larger than `rank`, is updated by plain Adam, as in
     GaLore. 3-D parameters are batches of matrices, each with a limiter of its own.
 
-    Source: Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", arXiv:2412.05270, algorithm 1. Differs from
+    Source: Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", arXiv:2412.05270. Differs from
     the authors' code (apollo-torch 1.0): P is not kept; nothing is added to |R_j|, so that phi does not depend on the
     size of gradients; the limiter sees N with its bias corrected, asks nothing of the device, and passes over steps
     without a gradient, after one of which theirs starts from zero; eps is 1e-8, and added after the bias correction;

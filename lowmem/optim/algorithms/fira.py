@@ -40,7 +40,7 @@ class Fira(LowMemOptimizer):
     AdamW's with `scale` 1; the paper pre-trains with `scale` 0.25 and lr 0.01. `scale` multiplies P N alone.
 
     Source: Chen et al., "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?",
-    arXiv:2410.01623, algorithm 1. Differs from the authors' code (fira 1.0): there the residual is
+    arXiv:2410.01623. Differs from the authors' code (fira 1.0): there the residual is
     G - scale P R, so that with scale < 1 a share of the projected gradient is applied once more; `compat=True` does
     that. Nothing is added to |R_j|, so that phi does not depend on the size of gradients. The limiter sees N with its
     bias corrected, asks nothing of the device, and passes over steps without a gradient, after one of which theirs
@@ -74,7 +74,7 @@ class Fira(LowMemOptimizer):
         stagger: Annotated[
             bool, "spread the refreshes after the first over the steps, a few matrices at a time"
         ] = True,
-        projection: Annotated[Literal["subspace", "svd"], "how the basis is found"] = "subspace",
+        projection: Annotated[Literal["subspace", "svd", "dct"], "how the basis is found"] = "subspace",
         on_refresh: Annotated[
             Literal["keep", "reset", "rotate"], "what happens to the moments at a refresh"
         ] = "keep",

@@ -22,7 +22,8 @@ class GaLore(LowMemOptimizer):
         N <- Adam(R)                              moments on (r, n)
         W <- W - lr (scale P N + weight_decay W)                                 (m, n), m <= n
 
-    What it saves: moments of 2 r n and a basis of m r values instead of 2 m n.
+    What it saves: moments of 2 r n and a basis of m r values instead of 2 m n. With `projection="dct"` the basis is r
+    vectors of the cosine basis, of which only the numbers are kept; it holds less of a gradient, so refresh it often.
 
     A parameter that is no matrix, or whose smaller side is not larger than `rank`, is updated by plain
     Adam (said once in the log); so is a group with `rank=None`. 3-D parameters are batches of
@@ -31,7 +32,7 @@ class GaLore(LowMemOptimizer):
 
     Source: Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",
     arXiv:2403.03507, algorithm 2. Differs from the authors' code (galore-torch 1.0): the basis is found
-    by a warm-started randomised subspace iteration unless `projection="svd"`; its signs are canonical;
+    by a warm-started randomised subspace iteration unless `projection` says otherwise; its signs are canonical;
     eps is added after the bias correction, as in torch and the paper, instead of before; weight decay
     uses the weight before the step; matrices are refreshed in turn and not all in one step (`stagger`),
     which keeps a refresh cheap in time and memory; a basis is kept where a gradient cannot give a new one; all state is
@@ -57,7 +58,7 @@ class GaLore(LowMemOptimizer):
         stagger: Annotated[
             bool, "spread the refreshes after the first over the steps, a few matrices at a time"
         ] = True,
-        projection: Annotated[Literal["subspace", "svd"], "how the basis is found"] = "subspace",
+        projection: Annotated[Literal["subspace", "svd", "dct"], "how the basis is found"] = "subspace",
         on_refresh: Annotated[
             Literal["keep", "reset", "rotate"], "what happens to the moments at a refresh"
         ] = "keep",

@@ -81,7 +81,7 @@ class QGaLore(LowMemOptimizer):
         stagger: Annotated[
             bool, "spread the refreshes after the first over the steps, a few matrices at a time"
         ] = True,
-        projection: Annotated[Literal["subspace", "svd"], "how the basis is found"] = "subspace",
+        projection: Annotated[Literal["subspace", "svd", "dct"], "how the basis is found"] = "subspace",
         on_refresh: Annotated[
             Literal["keep", "reset", "rotate"], "what happens to the moments at a refresh"
         ] = "keep",

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from lowmem.numerics.linalg import canonical_signs
+from lowmem.optim.projections.projection import KeptVectors
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(KeptVectors):
     """The orthonormal basis of a Gaussian matrix: every subspace is equally likely, whatever the gradient is.
 
     It costs one QR decomposition of (m, rank), and holds rank / m of the gradient's energy on average.

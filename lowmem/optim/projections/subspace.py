@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from lowmem.numerics.linalg import leading_subspace
+from lowmem.optim.projections.projection import KeptVectors
 
 
 @dataclass(frozen=True)
-class Subspace:
+class Subspace(KeptVectors):
     """Block power iteration on the gradient; the previous basis, where there is one, is the start.
 
     A warm start needs one iteration and turns the basis as little as the new gradient asks for, so

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from lowmem.numerics.linalg import top_singular_vectors
+from lowmem.optim.projections.projection import KeptVectors
 
 
 @dataclass(frozen=True)
-class Svd:
+class Svd(KeptVectors):
     """The leading left singular vectors of the gradient, as GaLore's authors compute them.
 
     Exact, and slow: minutes per refresh for a 7B model, with the whole gradient's float32 factors as

@@ -1,0 +1,31 @@
+"""DCT-AdamW, arXiv:2505.17967, with the whole cosine basis as a matrix and moments moved by a product with it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from tests.reference.fira import FiraReference
+
+
+class DctAdamWReference(FiraReference):
+    def __init__(self, params, *, residual="scaled", refresh_every=1, on_refresh="rotate", **settings):
+        super().__init__(params, refresh_every=refresh_every, on_refresh=on_refresh, **settings)
+        self.residual = residual
+
+    def basis(self, G):
+        m = len(G)
+        Q = torch.tensor(
+            [[math.cos(math.pi * k * (2 * j + 1) / (2 * m)) for k in range(m)] for j in range(m)],
+            dtype=torch.float64,
+        )
+        Q = (Q / Q.norm(dim=0)).to(G.dtype)
+        energies = (Q.T @ G).square().sum(dim=1)
+        return Q[:, energies.topk(self.rank).indices.sort().values]
+
+    def rest(self, G, P, R, N):
+        return super().rest(G, P, R, N) if self.residual == "scaled" else torch.zeros_like(G)
+
+
+reference = DctAdamWReference
