@@ -25,7 +25,9 @@ def make_optimizer(
         chosen = with_beta2(chosen, tokens_per_step, rest=rest)
     settings = {"seed": recipe.train.seed, **chosen.settings}
     try:
-        return build_optimizer(model, chosen.name, target=chosen.target, fallback=chosen.fallback, **settings)
+        return build_optimizer(
+            model, chosen.name, target=chosen.target, fallback=chosen.fallback, head=chosen.head, **settings
+        )
     except ValueError as error:
         raise RecipeError(f"optimizer: {error}") from error
 

@@ -36,7 +36,7 @@ def optimizer(
 
     The Trainer hands the whole model to the factory, so matrices are picked by module and norms and
     biases are not decayed; schedulers, clipping and `resume_from_checkpoint` work as with AdamW.
-    `settings` are those of `lowmem.build_optimizer` (target, fallback, rank, ...).
+    `settings` are those of `lowmem.build_optimizer` (target, fallback, head, rank, ...).
 
     Every value comes from this call, and then `lr` is required; with `args=training_args` the learning
     rate, betas, eps and weight decay that are not given here are taken from it.
@@ -61,8 +61,17 @@ def optimizer(
             "the Trainer's own learning_rate does not reach an optimizer given to it"
         )
     build = _Build(name, lr, chosen, args)
-    build(nn.ModuleDict({"attn": nn.Linear(1, 1), "mlp": nn.Linear(1, 1)}), check_only=True)
+    build(
+        _Sample({"attn": nn.Linear(1, 1), "mlp": nn.Linear(1, 1), "head": nn.Linear(1, 1)}), check_only=True
+    )
     return build.factory, {}
+
+
+class _Sample(nn.ModuleDict):
+    """The smallest model that settings can be tried on."""
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self["head"]
 
 
 class _Build:

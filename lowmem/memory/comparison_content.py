@@ -120,10 +120,10 @@ def note_lines(document: dict[str, Any]) -> list[str]:
     if any(entry["saved_bytes"] is not None for entry in measured):
         lines.append("Saved is peak memory against adamw_fused.")
     for entry in measured:
-        fallback = entry["settings"].get("fallback") or {}
-        if "lr" in fallback:
-            other = f"{fallback['name']} at lr {fallback['lr']:g}"
-            lines.append(f"{entry['title']} trains what its target leaves out with {other}.")
+        for key, what in (("fallback", "what its target leaves out"), ("head", "the output head")):
+            other = entry["settings"].get(key) or {}
+            if "lr" in other:
+                lines.append(f"{entry['title']} trains {what} with {other['name']} at lr {other['lr']:g}.")
         gap = entry["settings"].get("refresh_every")
         if gap and not any((step - 1) % gap == 0 for step in timed):
             lines.append(

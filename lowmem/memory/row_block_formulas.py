@@ -2,7 +2,8 @@
 
 A tile is as many rows as hold 2^21 values, t in all; bytes, for a matrix (m, n):
 
-    vectors      sinkgd: peaks 4 m, rows 4 m, columns 4 n, of every matrix of a batch, and one more of each length;
+    vectors      sinkgd: peaks 4 m, rows 4 m, columns 4 n, of every matrix of a batch, and one more of each length; two
+                 of columns 4 n where columns alone are normalised, and one more;
                  adafactor: factors of rows 4 m and columns 4 n, and one sum of columns
     passes       a bfloat16 gradient (or a running mean that is not float32) 4 t, its squares or scaled rows 4 t
     running mean what goes into it and the mean, if not float32, 4 t each; the rounding to its format
@@ -86,4 +87,6 @@ def vector_bytes(algorithm: str, settings: Settings, count: int, m: int, n: int)
     """Of an update's rows and columns, from its first pass to its last."""
     if algorithm == "adafactor":
         return 4 * count * (m + n) + 4 * n
+    if settings["normalize"] == "column":
+        return 8 * count * n + 4 * n
     return 4 * count * (2 * m + n) + 4 * (m + n) if settings["normalize"] == "sinkhorn" else 0

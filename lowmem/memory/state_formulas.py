@@ -151,7 +151,8 @@ class Treatment:
 
 
 def treatments(optimizer: OptimizerRecipe, parameters: Sequence[Parameter]) -> list[Treatment]:
-    """Who updates what, as `build_optimizer` divides a model: first the optimizer itself, then its fallback.
+    """Who updates what, as `build_optimizer` divides a model: first the optimizer itself, then the head's, then its
+    fallback.
 
     Raises RecipeError for a target that matches no linear layer.
     """
@@ -160,22 +161,38 @@ def treatments(optimizer: OptimizerRecipe, parameters: Sequence[Parameter]) -> l
 
 def _divided(optimizer: OptimizerRecipe, parameters: Sequence[Parameter]) -> list[Treatment]:
     settings = with_defaults(optimizer.name, optimizer.settings)
+    head_name, head = _settings_of_other(optimizer.head, optimizer.name, settings)
+    of_head = _head_of(parameters) if optimizer.head is not None else None
     if optimizer.name not in TREATS_MATRICES and optimizer.fallback is None:
-        return [Treatment(each, optimizer.name, settings) for each in parameters]
+        own = [Treatment(each, optimizer.name, settings) for each in parameters if each is not of_head]
+        return own + ([Treatment(of_head, head_name, head)] if of_head is not None else [])
     for pattern in optimizer.target:
         if not any(each.is_linear and pattern in each.name for each in parameters):
             raise RecipeError(f"optimizer: target {pattern!r} matches no linear layer of the model.")
-    rest = dict(optimizer.fallback or {"name": "adamw"})
-    rest_name = rest.pop("name")
-    inherited = settings if rest_name == optimizer.name else {}
-    rest_settings = with_defaults(rest_name, {**inherited, "rounding": settings["rounding"], **rest})
-    found = [
-        Treatment(each, optimizer.name, settings)
-        if each.is_linear and any(pattern in each.name for pattern in optimizer.target)
-        else Treatment(each, rest_name, rest_settings)
-        for each in parameters
-    ]
-    return sorted(found, key=lambda each: each.settings is not settings)
+    rest_name, rest = _settings_of_other(optimizer.fallback, optimizer.name, settings)
+    found: list[list[Treatment]] = [[], [], []]
+    for each in parameters:
+        if each is of_head:
+            found[1].append(Treatment(each, head_name, head))
+        elif each.is_linear and any(pattern in each.name for pattern in optimizer.target):
+            found[0].append(Treatment(each, optimizer.name, settings))
+        else:
+            found[2].append(Treatment(each, rest_name, rest))
+    return [each for members in found for each in members]
+
+
+def _settings_of_other(other: Settings | None, name: str, own: Settings) -> tuple[str, dict[str, Any]]:
+    """Name and settings of `fallback` or `head`: of the same algorithm it takes what it does not say from `own`."""
+    chosen = dict(other or {"name": "adamw"})
+    other_name = chosen.pop("name")
+    inherited = own if other_name == name else {}
+    return other_name, with_defaults(other_name, {**inherited, "rounding": own["rounding"], **chosen})
+
+
+def _head_of(parameters: Sequence[Parameter]) -> Parameter | None:
+    """The output head, or the embedding that is its weight too."""
+    by_name = {each.name: each for each in parameters}
+    return by_name.get("lm_head.weight", by_name.get("model.embed_tokens.weight"))
 
 
 def _in_turn(found: list[Treatment]) -> list[Treatment]:

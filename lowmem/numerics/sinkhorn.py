@@ -74,6 +74,19 @@ def unit_rows(G: Tensor) -> Tensor:
     return X.mul_(_inverse(squares).sqrt_())
 
 
+def unit_columns(rows_of: Rows, shape: tuple[int, int], device: torch.device) -> Rows:
+    """Each column of G at root mean square 1, some rows at a time; columns of zeros stay zero. Keeps 2 n numbers."""
+    peaks = torch.zeros(shape[1], device=device, dtype=torch.float32)
+    for rows in row_slices(shape):
+        peaks = torch.maximum(peaks, torch.linalg.vector_norm(rows_of(rows), ord=float("inf"), dim=0))
+    peaks.masked_fill_(peaks == 0, 1.0)
+    squares = torch.zeros_like(peaks)
+    for rows in row_slices(shape):
+        squares += (rows_of(rows) / peaks).square_().sum(0)
+    factors = _inverse(squares.div_(shape[0])).sqrt_()
+    return lambda rows: (rows_of(rows) / peaks).mul_(factors)
+
+
 def row_peaks(G: Tensor) -> Tensor:  # (rows, 1)
     """The largest magnitude of each row, 1 for a row of zeros."""
     peaks = torch.linalg.vector_norm(G, ord=float("inf"), dim=1, keepdim=True)

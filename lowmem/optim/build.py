@@ -22,14 +22,16 @@ def build_optimizer(
     lr: float,
     target: Sequence[str] = DEFAULT_TARGET,
     fallback: dict[str, Any] | None = None,
+    head: dict[str, Any] | None = None,
     **settings: Any,
 ) -> LowMemOptimizer:
     """The optimizer called `name` over every trainable parameter of `model`.
 
     A matrix algorithm (GaLore) treats the linear layers whose path contains one of `target`; all other
     parameters take `fallback`, {"name": ..., settings}, by default AdamW with the same lr and decay. An
-    element-wise algorithm treats every parameter unless a `fallback` is given. Norms and biases are not
-    decayed. `settings` are the algorithm's own; an unknown one is an error.
+    element-wise algorithm treats every parameter unless a `fallback` is given. The output head, and an embedding
+    tied to it, take `head` where that is given. Norms and biases are not decayed. A `fallback` or `head` of the same
+    algorithm takes from it what it does not say. `settings` are the algorithm's own; an unknown one is an error.
 
         build_optimizer(model, "galore", lr=1e-4, rank=128, fallback={"name": "adamw", "lr": 5e-5})
 
@@ -47,22 +49,24 @@ def build_optimizer(
         model,
         own={"algorithm": name},
         target=tuple(target) if uses_target else None,
-        fallback=_fallback_settings(fallback),
+        fallback=_settings_of_other("fallback", fallback or {"name": "adamw"}),
+        head=None if head is None else _settings_of_other("head", head),
     )
     make: Callable[..., LowMemOptimizer] = owner
     return make(groups, lr=lr, **settings)
 
 
-def _fallback_settings(fallback: dict[str, Any] | None) -> dict[str, Any]:
-    chosen = dict(fallback or {"name": "adamw"})
+def _settings_of_other(role: str, other: dict[str, Any]) -> dict[str, Any]:
+    """A group's settings from what `fallback` or `head` says."""
+    chosen = dict(other)
     if "name" not in chosen:
-        raise ValueError("fallback needs a name, for example {'name': 'adamw'}")
+        raise ValueError(f"{role} needs a name, for example {{'name': 'adamw'}}")
     name = chosen.pop("name")
     known = settings_of(registry.optimizer_class(name))
     for key in chosen:
         if key not in known:
             raise ValueError(
-                f"fallback {name} has no setting {key!r}{did_you_mean(key, known)} Settings: {', '.join(known)}"
+                f"{role} {name} has no setting {key!r}{did_you_mean(key, known)} Settings: {', '.join(known)}"
             )
     return {"algorithm": name, **chosen}
 

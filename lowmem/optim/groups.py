@@ -54,20 +54,28 @@ def model_groups(
     own: dict[str, Any],
     target: Sequence[str] | None,
     fallback: dict[str, Any] | None,
+    head: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Param groups for every trainable parameter of `model`, each in exactly one.
 
-    `own` are the settings of the main optimizer's groups, `fallback` those of the rest; with
-    `target=None` there is no rest. Groups without parameters are left out.
+    `own` are the settings of the main optimizer's groups, `head` those of the output head where it has its own,
+    `fallback` those of the rest; with `target=None` there is no rest. Groups without parameters are left out.
+    Raises ValueError where `head` is given and the model has none.
     """
     trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     if not trainable:
         raise ValueError("the model has no parameter with requires_grad=True, so there is nothing to train")
     chosen = {name for name, _ in trainable} if target is None else target_names(model, target)
-    mine = [(name, param) for name, param in trainable if name in chosen]
-    rest = [(name, param) for name, param in trainable if name not in chosen]
+    of_head = None if head is None else _head_weight(model)
+    if head is not None and of_head is None:
+        raise ValueError(
+            f"head={head}: the model has no output head (get_output_embeddings gives no linear layer). Leave head out."
+        )
+    mine = [(name, param) for name, param in trainable if name in chosen and param is not of_head]
+    heads = [(name, param) for name, param in trainable if param is of_head]
+    rest = [(name, param) for name, param in trainable if name not in chosen and param is not of_head]
     groups = []
-    for members, settings in ((mine, own), (rest, fallback or {})):
+    for members, settings in ((mine, own), (heads, head or {}), (rest, fallback or {})):
         decayed, plain = split_for_decay(members)
         groups.append({**settings, "params": decayed})
         groups.append({**settings, "params": plain, "weight_decay": 0.0})

@@ -90,8 +90,8 @@ def check_half_life(root: Node, problems: Problems) -> None:
         if given(root, f"optimizer.{key}"):
             message = f"optimizer.beta2_half_life_tokens gives beta2, and so does optimizer.{key}."
             problems.add(half_life.place, f"{message} Delete one of them.")
-    fallback = given(root, "optimizer.fallback.name")
-    names = [name.value, *([fallback.value] if fallback else [])]
+    others = [given(root, f"optimizer.{other}.name") for other in ("fallback", "head")]
+    names = [name.value, *(other.value for other in others if other)]
     if not set(names) & set(with_second_moment()):
         message = f"optimizer.beta2_half_life_tokens is for a second moment, and {name.value} has none."
         problems.add(

@@ -34,16 +34,21 @@ def with_beta2(chosen: OptimizerRecipe, tokens_per_step: float, *, rest: str | N
         return chosen
     beta2 = beta2_of(chosen.beta2_half_life_tokens, tokens_per_step)
     fallback = chosen.fallback or (None if rest is None else {"name": rest})
-    if fallback is not None:
-        own = {key: value for key, value in fallback.items() if key != "name"}
-        fallback = {"name": fallback["name"], **_with(fallback["name"], own, beta2)}
+    fallback = _other_with(fallback, beta2)
     settings = _with(chosen.name, chosen.settings, beta2)
-    return replace(chosen, settings=settings, fallback=fallback)
+    return replace(chosen, settings=settings, fallback=fallback, head=_other_with(chosen.head, beta2))
 
 
 def with_second_moment() -> list[str]:
     """The optimizers with a beta2 that a half-life can give."""
     return [name for name, entry in optimizer_table().items() if entry["settings"].keys() & set(GIVES_BETA2)]
+
+
+def _other_with(other: Mapping[str, Any] | None, beta2: float) -> dict[str, Any] | None:
+    if other is None:
+        return None
+    own = {key: value for key, value in other.items() if key != "name"}
+    return {"name": other["name"], **_with(other["name"], own, beta2)}
 
 
 def _with(name: str, settings: Mapping[str, Any], beta2: float) -> dict[str, Any]:

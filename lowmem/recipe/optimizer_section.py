@@ -38,14 +38,15 @@ def read_optimizer(node: Node, dotted: str, problems: Problems) -> OptimizerReci
         if key in node.value:
             annotation, metadata = annotations_of(OptimizerRecipe)[key], SCHEMA_KEYS[key].metadata
             arguments[key] = read_key(annotation, metadata, node.value[key], f"{dotted}.{key}", problems)
-    if "fallback" in node.value:
-        arguments["fallback"] = _read_fallback(node.value["fallback"], f"{dotted}.fallback", problems)
+    for key in ("fallback", "head"):
+        if key in node.value:
+            arguments[key] = _read_other(node.value[key], f"{dotted}.{key}", problems)
     if len(problems) > before:
         return None
     return OptimizerRecipe(name=str(name), settings=settings, **arguments)
 
 
-def _read_fallback(node: Node, dotted: str, problems: Problems) -> dict[str, Any] | None:
+def _read_other(node: Node, dotted: str, problems: Problems) -> dict[str, Any] | None:
     """{name, settings as written}; lr may be left out and is then the main one."""
     if node.value is None:
         return None

@@ -19,13 +19,16 @@ from lowmem.recipe.optimizer_table import optimizer_table
 from lowmem.recipe.problems import Place, Problems, shown
 from lowmem.recipe.tree import parse_value
 
+OPTIMIZER_SECTIONS = ("optimizer", "optimizer.fallback", "optimizer.head")
+"""Those whose `name` is an optimizer's and whose other keys are its settings."""
+
 DOTTED_KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
 def apply_overrides_(root: Node, overrides: Sequence[str], problems: Problems) -> None:
     """Changes `root`, whose value is a section; whatever is wrong is added to `problems`."""
     kinds_in_file = {section: _kinds(given(root, section)) for section in ("data.train", "data.eval")}
-    names_in_file = {section: _name(given(root, section)) for section in ("optimizer", "optimizer.fallback")}
+    names_in_file = {section: _name(given(root, section)) for section in OPTIMIZER_SECTIONS}
     for override in overrides:
         place = Place(f"command line: {shown(override)}", None)
         parsed = _parsed(override, place, problems)

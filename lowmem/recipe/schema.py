@@ -125,6 +125,9 @@ class OptimizerRecipe:
         "boundary",
         "whose gradient a basis that is due is fitted to; the first basis comes from the first micro-batch",
     )
+    head: dict[str, Any] | None = key(
+        None, "another optimizer, {name: ..., its settings}, for the output head and an embedding tied to it"
+    )
     fallback: dict[str, Any] | None = key(
         None, "another optimizer, {name: ..., its settings}, for embeddings, head, norms and biases"
     )

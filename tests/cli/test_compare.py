@@ -118,6 +118,7 @@ def test_another_optimizer_has_its_defaults_and_the_recipes_rate() -> None:
         "clip": "applied",
         "refresh_from": "boundary",
         "fallback": None,
+        "head": None,
         "beta2_half_life_tokens": None,
     }
     assert found["adamw"] == (None, {**own, "settings": {"lr": 1e-3}})
@@ -147,7 +148,7 @@ def test_torchs_adamws_take_the_rate_and_the_decay() -> None:
         ("galor", "galor is no optimizer. Did you mean galore? Known: recipe, adamw,"),
         ("adamw_fusd", "Did you mean adamw_fused?"),
         ("galore:ranks=4", "optimizer.ranks is not a key. Did you mean optimizer.rank?"),
-        ("sgd:rank=4", "optimizer.rank is a setting of galore, q_galore, not of sgd"),
+        ("sgd:rank=4", "optimizer.rank is a setting of galore, q_galore"),
         ("galore:rank=many", "optimizer.rank is many; it must be a whole number"),
         ("adamw:lr=-1", "optimizer.lr is -1; it must be a number >= 0"),
         ("adamw:lr", "is not of the form key=value"),

@@ -472,6 +472,7 @@ UPDATES = [
     {"beta1": 0.9, "storage": {"moment": "int8"}},
     {"relative": True},
     {"normalize": "row"},
+    {"normalize": "column"},
     {"momentum": 0.9, "iterations": 2},
     {"whitening": "newton_schulz"},
     {"whitening": "eigh", "storage": {"moment": "fp32"}},

@@ -143,6 +143,19 @@ def test_where_matrices_take_turns_the_formula_is_that_of_the_fullest_turn():
     assert min(turns) < foreseen
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("head", [{"name": "sinkgd", "momentum": 0.9}, {"name": "adamw"}], ids=str)
+@pytest.mark.parametrize("name", ["sinkgd", "sgd"])
+def test_a_head_with_an_optimizer_of_its_own_is_counted_as_build_optimizer_does_it(name, head, tied):
+    model, parameters = model_and_parameters(tie_word_embeddings=tied)
+    recipe = OptimizerRecipe(name=name, head=head, settings={"lr": 1e-3})
+    found = sum(
+        state_bytes(each.algorithm, each.settings, each.parameter.shape, 2)
+        for each in treatments(recipe, parameters)
+    )
+    assert found == build_optimizer(model, name, lr=1e-3, head=head).state_bytes()
+
+
 def test_a_target_without_a_match_is_an_error_in_words():
     _, parameters = model_and_parameters()
     recipe = OptimizerRecipe(name="galore", target=["attn", "expert"], settings={"lr": 1e-3})

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from lowmem.hf.trainer_override import optimizer as lowmem_trainer_optimizer
 from lowmem.optim import build_optimizer
 from lowmem.optim.build import describe_groups
 from lowmem.optim.registry import OPTIMIZERS
@@ -65,6 +66,40 @@ def test_a_tied_embedding_appears_once_and_never_as_a_matrix_even_when_targeted(
         if param is model.lm_head.weight
     ]
     assert places == ["adamw"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ["galore", "sgd"])
+def test_the_head_may_have_an_optimizer_of_its_own_and_takes_a_tied_embedding_along(name, tied):
+    model = llama(tie_word_embeddings=tied)
+    optimizer = build_optimizer(model, name, lr=1e-3, head={"name": "adafactor", "lr": 1e-2})
+    head = {"model.embed_tokens.weight" if tied else "lm_head.weight"}
+    assert names_by_algorithm(model, optimizer)["adafactor"] == head
+    members = [param for group in optimizer.param_groups for param in group["params"]]
+    assert len(members) == len(set(members)) == len(list(model.parameters()))
+
+
+def test_a_head_of_the_same_algorithm_takes_what_it_does_not_say_and_a_frozen_one_nothing():
+    model = llama()
+    optimizer = build_optimizer(
+        model, "sinkgd", lr=1e-3, normalize="row", head={"name": "sinkgd", "momentum": 0.9}
+    )
+    (group,) = [each for each in optimizer.param_groups if each["params"][0] is model.lm_head.weight]
+    assert (group["normalize"], group["momentum"], group["lr"]) == ("row", 0.9, 1e-3)
+    model.lm_head.weight.requires_grad_(False)
+    build_optimizer(model, "sinkgd", lr=1e-3, head={"name": "sinkgd", "momentum": 0.9})
+
+
+def test_errors_about_the_head_say_what_is_wrong():
+    with pytest.raises(ValueError, match="the model has no output head .* Leave head out"):
+        build_optimizer(nn.ModuleDict({"mlp": nn.Linear(4, 4)}), "sgd", lr=1e-3, head={"name": "adamw"})
+    with pytest.raises(ValueError, match="head adamw has no setting 'rank'"):
+        build_optimizer(llama(), "sgd", lr=1e-3, head={"name": "adamw", "rank": 4})
+    with pytest.raises(ValueError, match="head needs a name"):
+        build_optimizer(llama(), "sgd", lr=1e-3, head={"lr": 4})
+    with pytest.raises(ValueError, match="head adamw has no setting 'rank'"):
+        lowmem_trainer_optimizer("sgd", lr=1e-3, head={"name": "adamw", "rank": 4})
+    lowmem_trainer_optimizer("sgd", lr=1e-3, head={"name": "adamw"})
 
 
 def test_norms_and_biases_are_not_decayed():

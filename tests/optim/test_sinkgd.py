@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from lowmem.hf.make_optimizer import make_optimizer
 from lowmem.numerics import tiles
-from lowmem.numerics.sinkhorn import sinkhorn_scalings, unit_rows
+from lowmem.numerics.sinkhorn import sinkhorn_scalings
 from lowmem.optim import SinkGD, build_optimizer
 from lowmem.optim.rules.normalized import NormalizedGradient
+from lowmem.recipe.load import load_recipe
 from tests.optim.live_bytes import PeakOfNewBytes
 from tests.reference.sinkgd import SinkGDReference
 
@@ -64,9 +69,11 @@ def test_every_column_has_root_mean_square_one_and_every_row_nearly():
     assert X.square().mean(1).sqrt().sub(1).abs().max() < 1e-2
     rows = step_of(gaussian(64, 96), normalize="row")
     assert rows.square().mean(1).sqrt().sub(1).abs().max() < 1e-5
+    columns = step_of(gaussian(64, 96), normalize="column")
+    assert columns.square().mean(0).sqrt().sub(1).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("normalize", ["sinkhorn", "row"])
+@pytest.mark.parametrize("normalize", ["sinkhorn", "row", "column"])
 @pytest.mark.parametrize("size", [1e-44, 1e-30, 1e-22, 1e-8, 1e8, 1e22, 1e30])
 def test_the_step_does_not_depend_on_the_size_of_the_gradient(normalize, size):
     G = torch.tensor([[1.0, -2.0, 4.0], [8.0, 2.0, 1.0]]).repeat(5, 4)
@@ -78,7 +85,7 @@ def test_the_step_does_not_depend_on_the_size_of_the_gradient(normalize, size):
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("normalize", ["sinkhorn", "row"])
+@pytest.mark.parametrize("normalize", ["sinkhorn", "row", "column"])
 def test_rows_and_columns_of_zeros_stay_and_the_others_take_no_notice(normalize, momentum):
     G = gaussian(30, 20)
     G[[0, 7, 29]] = 0
@@ -88,8 +95,13 @@ def test_rows_and_columns_of_zeros_stay_and_the_others_take_no_notice(normalize,
     assert not X[:, [3, 19]].any()
     assert X.isfinite().all()
     kept = X.abs().sum(1) > 0
-    squares = X[kept].square().sum(1) / (20 if normalize == "row" else 18)
-    assert squares.sqrt().median() == pytest.approx(1 if normalize == "row" else (30 / 27) ** 0.5, rel=0.1)
+    if normalize == "column":
+        torch.testing.assert_close(X.square().mean(0)[[0, 1, 18]], torch.ones(3))
+    else:
+        squares = X[kept].square().sum(1) / (20 if normalize == "row" else 18)
+        assert squares.sqrt().median() == pytest.approx(
+            1 if normalize == "row" else (30 / 27) ** 0.5, rel=0.1
+        )
     assert not step_of(torch.zeros(4, 5), normalize=normalize, momentum=momentum).any()
 
 
@@ -147,17 +159,51 @@ def test_matrices_have_no_state_and_the_rest_takes_the_fallback():
     assert set(optimizer.state[model["embed"].weight]) == {"exp_avg_sq_row", "exp_avg_sq_col", "step"}
 
 
-def test_one_rule_for_the_head_and_another_for_the_rest_are_two_groups():
-    """SCALE: rows normalised everywhere, momentum on the output head alone."""
-    body, head = torch.nn.Parameter(torch.zeros(8, 6)), torch.nn.Parameter(torch.zeros(20, 8))
-    optimizer = SinkGD(
-        [{"params": [body]}, {"params": [head], "momentum": 0.9}], lr=1e-3, normalize="row", scale=1.0
+SCALE = """
+model: {name_or_path: builtin:tiny-llama}
+data: {train: {builtin: arithmetic}}
+optimizer:
+  {name: sinkgd, lr: 1.0e-3, normalize: row, scale: 1.0,
+   head: {name: sinkgd, momentum: 0.9}, fallback: {name: sinkgd, normalize: column}}
+"""
+
+
+def test_a_recipe_gives_scale_momentum_on_the_head_alone(tmp_path):
+    """Two steps of SCALE as its paper has it, each part by what it is."""
+    (tmp_path / "scale.yaml").write_text(SCALE)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=44, num_hidden_layers=1, num_attention_heads=4
     )
-    body.grad, head.grad = gaussian(8, 6), gaussian(20, 8)
-    optimizer.step()
-    assert "momentum_buffer" in optimizer.state[head]
-    assert "momentum_buffer" not in optimizer.state[body]
-    torch.testing.assert_close(body.detach(), -1e-3 * unit_rows(body.grad))
+    model = LlamaForCausalLM(config)
+    optimizer = make_optimizer(model, load_recipe(tmp_path / "scale.yaml"))
+    parts = {
+        "head": model.lm_head.weight,
+        "embedding": model.model.embed_tokens.weight,
+        "body": model.model.layers[0].mlp.up_proj.weight,
+        "norm": model.model.norm.weight,
+    }
+    steps = []
+    for seed in range(2):
+        before = {name: part.detach().clone() for name, part in parts.items()}
+        for param in model.parameters():
+            param.grad = gaussian(*param.shape, seed=seed)
+        optimizer.step()
+        steps.append({name: (before[name] - part.detach()) / 1e-3 for name, part in parts.items()})
+    keys = {name: set(optimizer.state[part]) for name, part in parts.items()}
+    assert keys["head"] == {"momentum_buffer", "step"}
+    assert keys["embedding"] == keys["body"] == {"step"}
+    assert keys["norm"] == {"exp_avg", "exp_avg_sq", "step"}
+
+    def over_rms(x, dim):
+        return x / x.square().mean(dim, keepdim=True).sqrt()
+
+    G = {name: [gaussian(*part.shape, seed=seed) for seed in range(2)] for name, part in parts.items()}
+    M = 0.9 * G["head"][0] + G["head"][1]  # the size of the mean does not matter
+    close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-3)
+    close(steps[1]["head"], over_rms(M, 1))
+    close(steps[1]["embedding"], over_rms(G["embedding"][1], 0))
+    close(steps[1]["body"], over_rms(G["body"][1], 1))
+    close(steps[0]["norm"], G["norm"][0].sign())
 
 
 class RowsOnDemand:
@@ -170,7 +216,7 @@ class RowsOnDemand:
         return self._whole[rows]
 
 
-@pytest.mark.parametrize("normalize", ["sinkhorn", "row"])
+@pytest.mark.parametrize("normalize", ["sinkhorn", "row", "column"])
 def test_a_gradient_that_gives_only_rows_is_enough(normalize):
     G = gaussian(9, 7)
     rule = NormalizedGradient(normalize=normalize)

@@ -82,7 +82,7 @@ def optimizer(name: str) -> st.SearchStrategy[dict[str, Any]]:
     defaults = {key: about["default"] for key, about in optimizer_table()[name]["settings"].items()}
     optional = {key: st.just(value) for key, value in defaults.items() if key != "lr"}
     optional["target"] = st.lists(TEXT, min_size=1, max_size=3)
-    optional["fallback"] = st.none() | st.just({"name": "adamw", "betas": [0.5, 0.9]})
+    optional["head"] = optional["fallback"] = st.none() | st.just({"name": "adamw", "betas": [0.5, 0.9]})
     return st.fixed_dictionaries({"name": st.just(name), "lr": st.floats(0, 1e3)}, optional=optional)
 
 
@@ -151,6 +151,7 @@ def test_a_dump_is_plain_yaml_in_the_layout_of_a_recipe() -> None:
         "target": ["attn", "mlp"],
         "clip": "applied",
         "refresh_from": "boundary",
+        "head": None,
         "fallback": {"name": "adamw"},
         "beta2_half_life_tokens": None,
     }

@@ -65,7 +65,7 @@ def test_a_misspelt_setting_is_not_answered_with_one_that_this_optimizer_lacks()
     (problem,) = problems_of(with_optimizer("name: adamw, lr: 1, ranks: 4"))
     assert "optimizer.rank?" not in problem
     assert (
-        "Keys of optimizer: name, target, clip, refresh_from, fallback, beta2_half_life_tokens, lr, betas"
+        "Keys of optimizer: name, target, clip, refresh_from, head, fallback, beta2_half_life_tokens, lr, betas"
         in problem
     )
 
@@ -80,20 +80,29 @@ def test_the_learning_rate_is_required_but_a_fallback_takes_the_main_one() -> No
     assert recipe.optimizer.fallback == {"name": "adamw", "betas": [0.0, 0.9]}
 
 
+def test_a_head_is_read_and_checked_like_a_fallback() -> None:
+    recipe = load_recipe(write(with_optimizer("name: sgd, lr: 1, head: {name: adamw, lr: 1e-3}")))
+    assert recipe.optimizer.head == {"name": "adamw", "lr": 1e-3}
+    (problem,) = problems_of(with_optimizer("name: sgd, lr: 1, head: {name: adamw, momentum: 0.9}"))
+    assert "optimizer.head.momentum is a setting of sgd" in problem
+
+
 def test_a_fallback_is_checked_like_the_main_optimizer() -> None:
     text = "name: galore, lr: 1, fallback: {name: sgd, rank: 3, momentum: 2, target: [a], momentm: 1}"
     problems = problems_of(with_optimizer(text))
     assert len(problems) == 4
-    assert "optimizer.fallback.rank is a setting of galore, q_galore, not of sgd." in problems[0]
+    assert "optimizer.fallback.rank is a setting of galore, q_galore" in problems[0]
+    assert "not of sgd." in problems[0]
     assert "optimizer.fallback.momentum is 2; it must be a number >= 0 and < 1." in problems[1]
     assert "optimizer.fallback.target is not a key." in problems[2]
     assert "Did you mean optimizer.fallback.momentum?" in problems[3]
 
 
-@pytest.mark.parametrize("fallback", ["adamw", "[adamw]", "3", "{}", "{lr: 1}"])
-def test_a_fallback_without_a_name_says_how_to_write_one(fallback: str) -> None:
-    (problem,) = problems_of(with_optimizer(f"name: galore, lr: 1, fallback: {fallback}"))
-    assert "optimizer.fallback" in problem
+@pytest.mark.parametrize("key", ["fallback", "head"])
+@pytest.mark.parametrize("written", ["adamw", "[adamw]", "3", "{}", "{lr: 1}"])
+def test_a_fallback_or_head_without_a_name_says_how_to_write_one(written: str, key: str) -> None:
+    (problem,) = problems_of(with_optimizer(f"name: galore, lr: 1, {key}: {written}"))
+    assert f"optimizer.{key}" in problem
     assert "name" in problem
 
 
@@ -108,7 +117,7 @@ REFUSED = {
     "lr: 1, betas: [0.9]": "optimizer.betas is [0.9]; it must be two numbers >= 0 and < 1, as in [0.9, 0.999].",
     "lr: 1, betas: [0.9, 1]": "optimizer.betas is 1; it must be a number >= 0 and < 1.",
     "lr: 1, betas: [a, 0.9]": "optimizer.betas is a; it must be a number >= 0 and < 1.",
-    "lr: 1, projection: SVD": "optimizer.projection is SVD; it must be one of subspace, svd. Did you mean svd?",
+    "lr: 1, projection: SVD": "optimizer.projection is SVD; it must be one of subspace, svd, dct. Did you mean svd?",
     "lr: 1, target: attn": "optimizer.target is attn; it must be a list, as in [a, b]. Write [attn].",
     "lr: 1, target: []": "optimizer.target is empty. Name modules, as in [attn, mlp].",
     "lr: 1, settings: {rank: 3}": "optimizer.settings is not a key. Write the settings directly under optimizer:.",

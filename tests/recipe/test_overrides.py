@@ -150,8 +150,9 @@ def test_another_fallback_drops_only_the_settings_it_does_not_have() -> None:
 def test_a_setting_on_the_command_line_that_the_new_optimizer_lacks_is_an_error() -> None:
     (problem,) = problems_of(with_lines("  rank: 8\n"), "optimizer.name=adamw", "optimizer.rank=4")
     assert problem.startswith(
-        "command line: optimizer.rank=4: optimizer.rank is a setting of galore, q_galore, not of adamw."
+        "command line: optimizer.rank=4: optimizer.rank is a setting of galore, q_galore"
     )
+    assert "not of adamw." in problem
 
 
 def test_a_misspelt_setting_of_the_file_stays_an_error_under_another_optimizer() -> None:

@@ -41,8 +41,8 @@ class SinkGDReference:
     def normalized(self, x):
         if x.dim() == 3:
             return torch.stack([self.normalized(each) for each in x])
-        if self.normalize == "row":
-            return x * inverse_rms(x, 1)
+        if self.normalize in ("row", "column"):
+            return x * inverse_rms(x, 1 if self.normalize == "row" else 0)
         for _ in range(self.iterations):
             x = x * inverse_rms(x, 1)
             x = x * inverse_rms(x, 0)

@@ -34,9 +34,12 @@ class SinkGD(LowMemOptimizer):
     a small batch wants a small learning rate. `scale` 0.2 is about the size of Adam's step, so that one
     learning rate serves matrices and fallback; the paper pre-trains with 0.05 and lr 0.02.
 
-    `normalize="row"` divides the rows by their root mean square and leaves it at that. With `scale` 1 and
-    `momentum` 0.9 in the group of the output head alone this is SCALE's step, but for embeddings, where
-    SCALE normalises columns.
+    `normalize="row"` divides the rows by their root mean square and leaves it at that, "column" the columns. SCALE is
+    rows for matrices and head, momentum for the head alone, columns for the embedding, and Adam for norms:
+
+        optimizer:
+          {name: sinkgd, lr: 1.0e-4, normalize: row, scale: 1.0,
+           head: {name: sinkgd, momentum: 0.9}, fallback: {name: sinkgd, normalize: column}}
 
     Source: Scetbon et al., "Gradient Multi-Normalization for Stateless and Scalable LLM Training",
     arXiv:2502.06742, algorithm SR-Sinkhorn; SCALE: "A Minimalist Optimizer Design for LLM Pretraining",
@@ -54,7 +57,7 @@ class SinkGD(LowMemOptimizer):
         lr: LearningRate = 1e-4,
         *,
         normalize: Annotated[
-            Literal["sinkhorn", "row"], "rows and columns in turn, or rows alone (SCALE)"
+            Literal["sinkhorn", "row", "column"], "rows and columns in turn, or one of them alone (SCALE)"
         ] = "sinkhorn",
         iterations: Annotated[int, Range(at_least=1), "times that rows and columns are normalised (L)"] = 5,
         scale: Annotated[

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from lowmem.numerics.sinkhorn import Rows, sinkhorn_scalings, unit_rows
+from lowmem.numerics.sinkhorn import Rows, sinkhorn_scalings, unit_columns, unit_rows
 from lowmem.numerics.tiles import row_slices
 from lowmem.optim.matrices import matrix_count, rows_of
 from lowmem.optim.rule import Context, Direction, RowBlocks, Rule, Scope, Shape, Slot, State
@@ -23,6 +23,7 @@ class NormalizedGradient(Rule):
         M <- momentum M + (1 - momentum) G       or G without momentum            (m, n)
         X <- rows of M to root mean square 1, then columns, `iterations` times    "sinkhorn"
         X <- rows of M to root mean square 1                                      "row"
+        X <- columns of M to root mean square 1                                   "column"
         U <- scale X
 
     A row is what one output of a linear layer does with its inputs. Leading dimensions are a batch of matrices,
@@ -32,7 +33,7 @@ class NormalizedGradient(Rule):
 
     scope: ClassVar[Scope] = "matrix"
 
-    normalize: Literal["sinkhorn", "row"] = "sinkhorn"
+    normalize: Literal["sinkhorn", "row", "column"] = "sinkhorn"
     iterations: int = 5
     scale: float = 1.0
     momentum: float = 0.0
@@ -66,8 +67,10 @@ class NormalizedGradient(Rule):
     def _normalized(self, M: Rows, shape: Shape, grad: Tensor) -> Callable[[slice], Tensor]:
         if self.normalize == "row":
             return lambda rows: unit_rows(M(rows)).mul_(self.scale)
-        scalings = sinkhorn_scalings(
-            M, (shape[-2], shape[-1]), iterations=self.iterations, device=grad.device
-        )
+        matrix = (shape[-2], shape[-1])
+        if self.normalize == "column":
+            X = unit_columns(M, matrix, grad.device)
+            return lambda rows: X(rows).mul_(self.scale)
+        scalings = sinkhorn_scalings(M, matrix, iterations=self.iterations, device=grad.device)
         scalings.rows.mul_(self.scale)
         return lambda rows: scalings.apply(M(rows), rows)
