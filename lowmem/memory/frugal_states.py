@@ -3,6 +3,7 @@
     columns, rows   chosen k in float32, and inner's state (as adamw, momentum_buffer, exp_avg, or none) on (m, k) or
                     (k, n) of k = density n columns or density m rows of a matrix (m, n)
     subspace, svd, random    basis m r, and inner's state on (r, n), m <= n, of r = density m directions, at most m - 1
+    dct             likewise, with r in float32 for a basis
     block           inner's state on all N values of the tensors whose turn it is, none of the others
     density 0       nothing for a matrix; density 1: inner's state on N
 
@@ -24,8 +25,8 @@ _INNER = {
 }
 
 
-SUBSPACES = frozenset({"subspace", "svd", "random"})
-"""Projections that split along a basis, which is stored."""
+SUBSPACES = frozenset({"subspace", "svd", "random", "dct"})
+"""Projections that split along a basis, which is stored, or of which the numbers of its vectors are."""
 
 
 def frugal_state(settings: Settings, shape: Shape) -> State:
@@ -34,7 +35,11 @@ def frugal_state(settings: Settings, shape: Shape) -> State:
         return {name: StateTensor(numel, role) for name, role in _INNER[rule].items()}
     if settings["projection"] in SUBSPACES:
         rank = subspace_rank(settings, shape)
-        basis = StateTensor(math.prod(shape[:-2]) * min(shape[-2:]) * rank, "basis")
+        vectors = math.prod(shape[:-2]) * rank
+        is_cosine = settings["projection"] == "dct"
+        basis = (
+            StateTensor(vectors, "factor") if is_cosine else StateTensor(vectors * min(shape[-2:]), "basis")
+        )
         return {"basis": basis, **_inner(settings, numel // min(shape[-2:]) * rank)}
     k = chosen_count(settings, shape)
     chosen = StateTensor(math.prod(shape[:-2]) * k, "factor")

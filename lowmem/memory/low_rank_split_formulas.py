@@ -14,6 +14,8 @@ those of the weight.
 
 from __future__ import annotations
 
+import math
+
 from lowmem.memory.architecture import Shape
 from lowmem.memory.frugal_states import subspace_rank
 from lowmem.memory.low_rank_formulas import (
@@ -33,9 +35,12 @@ def low_rank_split_bytes(settings: Settings, shape: Shape, itemsize: int, *, on_
     rank = subspace_rank(settings, shape)
     ranked = {**settings, "rank": rank}
     states = state_values("frugal", settings, shape)
-    basis = states.pop("basis")
+    kept = states.pop("basis")
+    basis = StateTensor(math.prod(shape[:-2]) * min(shape[-2:]) * rank, "basis")
     low = 4 * basis.numel // min(shape[-2:]) * max(shape[-2:])
-    held = sum(4 * each.numel for each in (basis, *states.values()) if _is_copied(each, settings, itemsize))
+    held = sum(4 * each.numel for each in states.values() if _is_copied(each, settings, itemsize))
+    if settings["projection"] == "dct" or _is_copied(kept, settings, itemsize):
+        held += 4 * basis.numel
     direction = 0 if settings["inner"] == "momentum" else low
     saving = max((saving_bytes(each, settings, itemsize, each.numel) for each in states.values()), default=0)
     has_residual = settings["residual"] != "none"

@@ -13,7 +13,7 @@ from lowmem.optim import FRUGAL
 from tests.optim.cases import LOW_BIT
 from tests.optim.live_bytes import PeakOfNewBytes
 
-PROJECTIONS = ["subspace", "svd", "random"]
+PROJECTIONS = ["subspace", "svd", "random", "dct"]
 SETTINGS = [
     {},
     {"rounding": "nearest"},
@@ -23,6 +23,7 @@ SETTINGS = [
     {"inner": "momentum"},
     {"inner": "sign", "residual": "sgd"},
     {"residual": "none"},
+    {"projection": "dct"},
 ]
 
 
@@ -69,7 +70,8 @@ def test_a_step_with_a_refresh_holds_what_the_formula_says(dtype, projection):
 def test_the_state_is_what_the_optimizer_declares(inner, shape, dtype):
     for density in (0.001, 0.3, 0.999):
         for storage in (None, LOW_BIT, {"basis": "fp32"}):
-            settings = {"projection": "random", "density": density, "inner": inner, "storage": storage}
-            param = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
-            declared = FRUGAL([param], **settings).state_bytes()
-            assert state_bytes("frugal", settings, shape, dtype.itemsize) == declared
+            for projection in ("random", "dct"):
+                settings = {"projection": projection, "density": density, "inner": inner, "storage": storage}
+                param = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+                declared = FRUGAL([param], **settings).state_bytes()
+                assert state_bytes("frugal", settings, shape, dtype.itemsize) == declared

@@ -80,6 +80,7 @@ TWIN_SETTINGS: dict[str, list[dict]] = {
             "residual": "sgd",
         },
         {"refresh_every": 4, "projection": "svd", "inner": "momentum", "weight_decay": 0.1},
+        {"refresh_every": 4, "projection": "dct", "density": 0.4},
         {"refresh_every": 4, "projection": "random", "density": 0.4, "inner": "lion"},
         {"refresh_every": 4, "projection": "subspace", "residual": "none"},
         {"inner": "sign"},

@@ -15,17 +15,22 @@ class DctAdamWReference(FiraReference):
         self.residual = residual
 
     def basis(self, G):
-        m = len(G)
-        Q = torch.tensor(
-            [[math.cos(math.pi * k * (2 * j + 1) / (2 * m)) for k in range(m)] for j in range(m)],
-            dtype=torch.float64,
-        )
-        Q = (Q / Q.norm(dim=0)).to(G.dtype)
-        energies = (Q.T @ G).square().sum(dim=1)
-        return Q[:, energies.topk(self.rank).indices.sort().values]
+        return strongest_cosines(G, self.rank)
 
     def rest(self, G, P, R, N):
         return super().rest(G, P, R, N) if self.residual == "scaled" else torch.zeros_like(G)
+
+
+def strongest_cosines(G, rank):
+    """The vectors of the cosine basis that hold most of G (m, n), as columns."""
+    m = len(G)
+    Q = torch.tensor(
+        [[math.cos(math.pi * k * (2 * j + 1) / (2 * m)) for k in range(m)] for j in range(m)],
+        dtype=torch.float64,
+    )
+    Q = (Q / Q.norm(dim=0)).to(G.dtype)
+    energies = (Q.T @ G).square().sum(dim=1)
+    return Q[:, energies.topk(rank).indices.sort().values]
 
 
 reference = DctAdamWReference

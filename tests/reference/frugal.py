@@ -7,6 +7,8 @@ import random
 
 import torch
 
+from tests.reference.dct_adamw import strongest_cosines
+
 
 class FRUGALReference:
     def __init__(
@@ -80,7 +82,7 @@ class FRUGALReference:
         rest = self.without_state(g)
         if self.density == 0:
             return rest
-        if self.projection in ("svd", "subspace", "random"):
+        if self.projection in ("svd", "subspace", "random", "dct"):
             return self.along_a_subspace(i, g)
         if (self.t[i] - 1) % self.every == 0:
             self.chosen[i] = self.mask(f"0.{i}", self.t[i], g)
@@ -105,6 +107,9 @@ class FRUGALReference:
     def basis(self, name, step, G):
         side = G.shape[-2]
         r = min(max(1, round(self.density * side)), side - 1)
+        if self.projection == "dct":
+            each = [strongest_cosines(matrix, r) for matrix in (G if G.dim() == 3 else [G])]
+            return torch.stack(each).view(*G.shape[:-1], r)
         if self.projection == "random":
             generator = torch.Generator().manual_seed(seed_of(self.seed, name, step, "basis"))
             drawn = [torch.randn(side, r, generator=generator) for _ in range(len(G) if G.dim() == 3 else 1)]

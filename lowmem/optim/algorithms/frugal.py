@@ -33,11 +33,11 @@ class FRUGAL(LowMemOptimizer):
 
     `projection="rows"` takes rows instead. `projection="block"` takes whole tensors: k = density n of the n in a group
     take the inner rule and the others signs, until others have their turn, drawn at random or in an `order`; state is
-    freed at the end of a turn. That is cheapest in time, and what the paper pre-trains with. `subspace`, `svd` and
-    `random` split each gradient G, (m, n) or its transpose with m <= n, along a basis that is fitted or drawn anew at
-    every refresh:
+    freed at the end of a turn. That is cheapest in time, and what the paper pre-trains with. `subspace`, `svd`, `dct`
+    and `random` split each gradient G, (m, n) or its transpose with m <= n, along a basis that is fitted or drawn anew
+    at every refresh:
 
-        P <- r = density m leading singular vectors of G, nearly or exactly, or random ones          (m, r)
+        P <- r = density m leading singular vectors of G, nearly or exactly, cosine or random ones    (m, r)
         R <- P^T G;  U <- P Adam(R) + residual_scale sign(G - P R)               moments on (r, n)
 
     A sign is as long however little P leaves out of G. Columns and blocks need no decomposition and no basis.
@@ -73,7 +73,7 @@ class FRUGAL(LowMemOptimizer):
             float, Range(at_least=0, at_most=1), "share of each matrix that has state (rho in the paper)"
         ] = 0.25,
         projection: Annotated[
-            Literal["columns", "rows", "block", "subspace", "svd", "random"],
+            Literal["columns", "rows", "block", "subspace", "svd", "dct", "random"],
             "what has state: part of each matrix, whole tensors in turn, or a subspace of each gradient",
         ] = "columns",
         order: Annotated[
