@@ -95,6 +95,7 @@ INT8_WAYS = [
     ("sgd", "fused", 1, "true", "bfloat16"),
     ("sinkgd", "fused", 1, "true", "float32"),
     ("adafactor", "plain", 2, "false", "bfloat16"),
+    ("swan", "fused", 1, "false", "bfloat16"),
     ("galore", "plain", 2, "true", "float32"),
     ("galore", "project", 2, "false", "bfloat16"),
     ("galore", "fused", 1, "false", "bfloat16"),
