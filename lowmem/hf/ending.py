@@ -20,9 +20,9 @@ from lowmem.hf.planned_beside import plan_of_measured_steps
 from lowmem.hf.recorded_batches import BatchRecorder
 from lowmem.hf.run_folder import RunFolder
 from lowmem.hf.setup import Run, Say
+from lowmem.hf.whole_weights import whole_numel
 from lowmem.memory.measure import Measured
 from lowmem.memory.report import memory_document, table, write_report
-from lowmem.numerics.held_weights import numel_of
 from lowmem.recipe.schema import Recipe
 
 
@@ -33,6 +33,7 @@ def save_final_model(run: Run) -> None:
     model = run.trainer.trained_model
     if run.recipe.save.merge_lora and isinstance(model, PeftModel):
         model = run.trainer.model = merge(model)
+    weights = run.trainer.whole_weights() if run.is_divided else None
     if run.is_main:
         write_final_model(
             model,
@@ -40,6 +41,7 @@ def save_final_model(run: Run) -> None:
             run.folder.model,
             last_checkpoint=run.folder.newest_checkpoint(),
             keeps_int8=run.recipe.save.int8,
+            weights=weights,
         )
         run.say(f"model: {run.folder.model}")
     run.trainer.accelerator.wait_for_everyone()
@@ -55,8 +57,8 @@ def conditions_of(run: Run) -> dict[str, Any]:
     device = run.args.device
     return conditions(
         run.recipe,
-        parameters=sum(numel_of(param) for param in params),
-        trained_parameters=sum(numel_of(param) for param in params if param.requires_grad),
+        parameters=sum(whole_numel(param) for param in params),
+        trained_parameters=sum(whole_numel(param) for param in params if param.requires_grad),
         sequence_length=run.batches.longest_sequence(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         world_size=run.args.world_size,
@@ -75,6 +77,8 @@ class Findings:
     conditions: dict[str, Any]
     gpu_bytes: int | None
     say: Say
+    is_divided: bool = False
+    """Over processes: what is measured on one is neither a plan's nor a baseline's whole model."""
 
 
 def let_go(run: Run) -> Findings:
@@ -88,6 +92,7 @@ def let_go(run: Run) -> Findings:
         conditions=conditions_of(run),
         gpu_bytes=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
         say=run.say,
+        is_divided=run.is_divided,
     )
     run.trainer.accelerator.end_training()
     return findings
@@ -95,7 +100,7 @@ def let_go(run: Run) -> Findings:
 
 def planned_beside(findings: Findings) -> Measured | str | None:
     """The plan of the measured steps; None when the recipe wants none."""
-    if not findings.recipe.report.plan:
+    if not findings.recipe.report.plan or findings.is_divided:
         return None
     return plan_of_measured_steps(
         findings.recipe,
@@ -112,7 +117,7 @@ def report(findings: Findings) -> None:
         torch.cuda.empty_cache()
     if findings.measured is not None:
         found: dict[str, Measured | str] = {}
-        if findings.recipe.report.baseline == "adamw":
+        if findings.recipe.report.baseline == "adamw" and not findings.is_divided:
             findings.say("measuring AdamW on the same steps ...")
             found = measure_baselines(findings.folder.recipe, findings.batches)
         planned = planned_beside(findings)

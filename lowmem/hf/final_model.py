@@ -11,6 +11,7 @@ from pathlib import Path
 import peft.peft_model
 import transformers.modeling_utils
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowmem.hf.atomic_folder import disk_faults_explained, publish_folder
@@ -24,16 +25,23 @@ from lowmem.run.checkpoint_tensors import write_safetensors
 _WRITER = "safe_save_file"  # the name by which both libraries call safetensors' save_file
 
 
-def save_weights(model: PreTrainedModel | PeftModel, folder: str | Path, *, in_small: bool = False) -> None:
+def save_weights(
+    model: PreTrainedModel | PeftModel,
+    folder: str | Path,
+    *,
+    in_small: bool = False,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
     """`model` as safetensors with its configuration; of a LoRA model the adapters alone.
 
-    in_small: every tensor is cut down to one value, to try out the rest.
+    in_small: every tensor is cut down to one value, to try out the rest. weights: those of a model that is divided
+    over processes.
     """
     with _written_by(write_safetensors_in_small if in_small else write_safetensors):
         if isinstance(model, PeftModel):
             save_adapters(model, folder)
         else:
-            model.save_pretrained(str(folder))
+            model.save_pretrained(str(folder), state_dict=weights)
 
 
 @contextmanager
@@ -57,8 +65,9 @@ def write_final_model(
     *,
     last_checkpoint: Path | None,
     keeps_int8: bool = False,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write `model` to `folder`, replacing an earlier one when the new one is complete.
+    """Write `model`, or its `weights` where it is divided, to `folder`, replacing an earlier one when it is complete.
 
     Int8 weights are written in the dtype that the model computes in, unless `keeps_int8`.
 
@@ -71,7 +80,7 @@ def write_final_model(
     with disk_faults_explained("The final model", last_checkpoint):
         shutil.rmtree(unfinished, ignore_errors=True)
         if keeps_int8 or not is_stored_in_int8(inner.config):
-            save_weights(model, unfinished)
+            save_weights(model, unfinished, weights=weights)
         else:
             _save_in_float(inner, unfinished)
         tokenizer.save_pretrained(str(unfinished))

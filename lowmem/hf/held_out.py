@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import DistributedType, reduce
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -32,6 +32,23 @@ def batches_of_this_process(items: Sequence[Item], batch_size: int) -> Iterator[
     starts = range(0, len(items), batch_size)
     for start in starts[state.process_index :: state.num_processes]:
         yield list(items[start : start + batch_size])
+
+
+def is_divided() -> bool:
+    """Whether no process has all weights, so that all of them must do the same."""
+    return PartialState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def in_step(batches: Sequence[list[Item]]) -> Iterator[tuple[list[Item], bool]]:
+    """The batches of this process, and whether each counts: where weights are divided, a forward pass of one process
+    needs all others, so who has fewer batches goes through one again."""
+    state = PartialState()
+    if not is_divided():
+        yield from ((batch, True) for batch in batches[state.process_index :: state.num_processes])
+        return
+    for start in range(0, len(batches), state.num_processes):
+        own = start + state.process_index
+        yield batches[min(own, len(batches) - 1)], own < len(batches)
 
 
 def summed_over_processes(*values: float, device: torch.device) -> list[float]:
@@ -59,14 +76,17 @@ def held_out_loss(
     device = next(model.parameters()).device
     total, num_tokens = 0.0, 0
     with eval_mode(model), loss_only(model):
-        for batch in batches_of_this_process(rows, batch_size):
-            if should_stop():
+        every = [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+        for batch, counts in in_step(every):
+            if should_stop() and not is_divided():
                 break
             inputs = {name: value.to(device) for name, value in collate(batch).items()}
             trained = int((inputs["labels"][..., 1:] != IGNORED).sum())
-            if trained:
-                total += model(**inputs, use_cache=False).loss.item() * trained
-                num_tokens += trained
+            if trained or is_divided():
+                loss = model(**inputs, use_cache=False).loss.item()
+                if trained and counts:
+                    total += loss * trained
+                    num_tokens += trained
     total, tokens, stopped = summed_over_processes(total, num_tokens, should_stop(), device=device)
     if stopped:
         return None

@@ -30,11 +30,13 @@ class StepWatch:
         self.meter = meter
         self.steps: set[int] = set()
         self.watched_any = False
+        self.is_on = True
+        """Off where the meter would count a library's pieces and buffers wrongly."""
         self._step: ExitStack | None = None
         self._phase: ExitStack | None = None
 
     def choose_steps(self, first: int, last: int) -> None:
-        self.steps = steps_to_watch(first, last)
+        self.steps = steps_to_watch(first, last) if self.is_on else set()
 
     def begin_step(self, step: int) -> None:
         if step in self.steps:

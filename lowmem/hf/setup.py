@@ -29,6 +29,7 @@ from lowmem.hf.disk import optimizer_states_to_come, refuse_too_small_disk
 from lowmem.hf.environment import describe_environment
 from lowmem.hf.evaluation import HeldOut
 from lowmem.hf.interrupt import Interrupt
+from lowmem.hf.launch import SHARDED, launched_strategy
 from lowmem.hf.make_optimizer import float_bytes, make_optimizer, model_bytes, trainable_bytes
 from lowmem.hf.memory_snapshot import FILE as SNAPSHOT
 from lowmem.hf.memory_snapshot import SnapshotOfAStep
@@ -72,6 +73,11 @@ class Run:
     checkpoint: Path | None
     total_steps: int
     lock: FolderLock | None = None  # held while this lives; None on processes other than the main one
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether no process has all weights of the optimizer, or of the model."""
+        return self.trainer.steps_in_pieces is not None
 
     @property
     def is_main(self) -> bool:
@@ -127,6 +133,7 @@ def prepare_run(recipe: Recipe, interrupt: Interrupt) -> Run:
     tokens_per_step = tokens_of_a_step(recipe, train_rows.summary, args.world_size)
     meter = meter_for(model, args.device)
     watch, batches, stop = StepWatch(meter), BatchRecorder(), StopOnInterrupt(interrupt)
+    watch.is_on = launched_strategy() not in SHARDED or args.device.type == "cuda"
     callbacks: list[TrainerCallback] = [LogLastStep(), MeterBorders(watch)]
     if held_out is not None and recipe.eval.every is not None:
         callbacks.append(EvaluateEvery(recipe.eval.every))
@@ -181,7 +188,8 @@ def prepare_run(recipe: Recipe, interrupt: Interrupt) -> Run:
         forget_rows_to_come_(folder, checkpoint)
     total_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
     is_trained_already = checkpoint is not None and (step_of(checkpoint) or 0) >= total_steps
-    if is_main and recipe.save.probe_at_start and not is_trained_already:
+    is_divided = trainer.steps_in_pieces is not None
+    if is_main and recipe.save.probe_at_start and not is_trained_already and not is_divided:
         seconds = trainer.try_to_save(total_steps, in_small=saved_bytes > SAVED_WHOLE_ON_TRIAL_BYTES)
         say(trial_summary(seconds, saved_bytes + state_bytes))
     return Run(

@@ -17,7 +17,7 @@ from lowmem.errors import RefusedError
 from lowmem.hf.metering import StepWatch
 from lowmem.hf.run_folder import RunFolder
 from lowmem.hf.schedule import learning_rate_factor
-from lowmem.hf.trainer_checkpoints import CheckpointedTrainer
+from lowmem.hf.sharded_trainer import ShardedTrainer
 from lowmem.hf.trainer_mixin import LowMemTrainerMixin
 from lowmem.recipe.execution_choice import HeadGradient
 from lowmem.recipe.schema import SchedulerRecipe
@@ -28,7 +28,7 @@ Batch = dict[str, Tensor]
 Evaluator = Callable[[nn.Module], dict[str, float | None] | None]
 
 
-class LowMemTrainer(LowMemTrainerMixin, CheckpointedTrainer):
+class LowMemTrainer(LowMemTrainerMixin, ShardedTrainer):
     """One run. Adds to the Trainer's loop:
 
     - the loss of a step is the mean over all its trained tokens, and 0 when it has none;

@@ -148,12 +148,16 @@ class CheckpointedTrainer(Trainer):
         has_state = has_optimizer_state(Path(checkpoint))
         with checkpoint_faults_explained(Path(checkpoint)):
             if has_state:
-                super()._load_optimizer_and_scheduler(checkpoint)
+                self._load_state(checkpoint)
             interval = read_interval(Path(checkpoint))
         if not has_state:
             self._advance_schedule_(step_of(Path(checkpoint)) or 0)
         self._interval_loss.fill_(interval.loss)
         self._interval_steps = interval.steps
+
+    def _load_state(self, checkpoint: str) -> None:
+        """Of the optimizer and the schedule."""
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _advance_schedule_(self, step: int) -> None:
         """Put the schedule where it was after `step`, without the files of an older checkpoint."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint
 
 from lowmem.errors import FaultError, RefusedError
+from lowmem.hf.steps_in_pieces import in_pieces
 from lowmem.hf.trainer_override import from_a_trainer_with_the_mixin
 from lowmem.memory.wording import size
 from lowmem.optim.engine import LowMemOptimizer
@@ -33,6 +34,7 @@ from lowmem.run.execution import (
     Norms,
     RefreshFrom,
 )
+from lowmem.run.layouts.attach import StepsInPieces
 from lowmem.run.norms import is_finite
 from lowmem.run.second_backward import explained
 
@@ -73,14 +75,17 @@ class LowMemTrainerMixin:
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
         self.execution_summary = "execution: plain"
+        self.steps_in_pieces: StepsInPieces | None = None
         self._is_first_micro_batch = True
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         with from_a_trainer_with_the_mixin():
             optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)  # type: ignore[misc]
-        if self.execution is None:
-            trained: nn.Module = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        trained: nn.Module = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # type: ignore[attr-defined]
+            self.steps_in_pieces, self.execution_summary = in_pieces(self, optimizer, trained)
+        elif self.execution is None:
             self.execution = self._begin_execution(optimizer, trained)
         return optimizer
 
@@ -142,12 +147,27 @@ class LowMemTrainerMixin:
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if self.execution is None:
-            return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+            norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+            return norm if self.steps_in_pieces is None else self._known_of_pieces(norm)
         self.norms = self.execution.finish_backward()
         norms = self.norms
         norm = norms.full if self.execution.clip == "full" or norms.applied is None else norms.applied
         if self.execution.not_finite or (norm is not None and not is_finite(norm)):
             self._leave_step_out(self.execution)
+        else:
+            self._skipped_in_a_row = 0
+        return norm
+
+    def _known_of_pieces(self, norm: Any) -> Any:
+        """The norm that FSDP2 or DeepSpeed has taken, of whole gradients; a step without a finite one is left out."""
+        if norm is None:
+            return None
+        full = norm if isinstance(norm, Tensor) else torch.tensor(float(norm))
+        self.norms = Norms(None, full)
+        if not is_finite(full):
+            assert self.steps_in_pieces is not None
+            self.steps_in_pieces.optimizer.skip_next_step()
+            self._count_left_out("the norm of its gradients is not finite")
         else:
             self._skipped_in_a_row = 0
         return norm
@@ -165,21 +185,23 @@ class LowMemTrainerMixin:
 
     def _leave_step_out(self, execution: Execution) -> None:
         """Raises FaultError when this has happened too often in a row."""
-        name = execution.first_not_finite()
         execution.optimizer.skip_next_step()
-        self.skipped_steps += 1
-        self._skipped_in_a_row += 1
-        step = self.state.global_step + 1  # type: ignore[attr-defined]
         what = (
             "is left out"
             if execution.mode != "fused"
             else f"leaves out gradients of {len(execution.not_finite)} parameters"
         )
-        log.warning("step %d %s: the gradient of %s is not finite", step, what, name)
+        self._count_left_out(f"the gradient of {execution.first_not_finite()} is not finite", what)
+
+    def _count_left_out(self, reason: str, what: str = "is left out") -> None:
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        step = self.state.global_step + 1  # type: ignore[attr-defined]
+        log.warning("step %d %s: %s", step, what, reason)
         if self._skipped_in_a_row > TOLERATED_IN_A_ROW:
             raise FaultError(
-                f"Gradients of {self._skipped_in_a_row} steps in a row were not finite, at step {step} first that of "
-                f"{name}. Lower optimizer.lr, or look for broken rows in the data. {self._says_where_to_go_on()}"
+                f"Gradients of {self._skipped_in_a_row} steps in a row were not finite; at step {step} {reason}. Lower "
+                f"optimizer.lr, or look for broken rows in the data. {self._says_where_to_go_on()}"
             )
 
 

@@ -5,32 +5,33 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
 from transformers import TrainingArguments
 
 from lowmem.errors import RefusedError
+from lowmem.hf.launch import SHARDED, Strategy, launched_strategy, rehearses, strategy_for
 from lowmem.recipe.schema import Recipe
+from lowmem.run.rehearsal import rehearse_on_cpu
 
 
 def refuse_sharded_launch() -> None:
     """Raise RefusedError when `accelerate launch` was told to shard the model."""
-    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
-            raise RefusedError(
-                f"This accelerate configuration shards the model with {name}, and the optimizers here need whole "
-                "matrices. Launch with plain data parallelism: accelerate launch --multi_gpu, without an FSDP or "
-                "DeepSpeed section in the configuration file."
-            )
+    if (launched := launched_strategy()) in SHARDED:
+        raise RefusedError(
+            f"this is not for a model that is divided over processes, and {launched} was launched."
+        )
 
 
 def training_arguments(recipe: Recipe, output_dir: Path, *, use_cpu: bool | None = None) -> TrainingArguments:
     """Arguments of the Trainer. The optimizer, the schedule, the evaluation, the progress line and the
     clean-up of old checkpoints are lowmem's own, so their fields here stay off.
 
-    `use_cpu` None takes the GPU where there is one.
+    `use_cpu` None takes the GPU where there is one. Raises RefusedError for a launch that the recipe cannot be
+    trained by.
     """
-    refuse_sharded_launch()
-    use_cpu = not torch.cuda.is_available() if use_cpu is None else use_cpu
+    strategy = strategy_for(recipe)
+    use_cpu = rehearses() if use_cpu is None else use_cpu
+    if strategy in SHARDED:
+        prepare_accelerate_(recipe, strategy)
     train, save, report = recipe.train, recipe.save, recipe.report
     args = TrainingArguments(
         output_dir=str(output_dir),
@@ -40,7 +41,8 @@ def training_arguments(recipe: Recipe, output_dir: Path, *, use_cpu: bool | None
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         max_grad_norm=0.0 if train.max_grad_norm is None else train.max_grad_norm,
         # Without this, several processes on CPUs would each train a model of their own.
-        use_cpu=use_cpu,
+        # Where it shards, accelerate is told about CPUs in another way.
+        use_cpu=use_cpu and strategy not in SHARDED,
         seed=train.seed,
         data_seed=train.seed,
         logging_strategy="steps",
@@ -67,6 +69,43 @@ def training_arguments(recipe: Recipe, output_dir: Path, *, use_cpu: bool | None
         )
     # The recipe's dtype decides; accelerate's own mixed precision would wrap the forward in autocast.
     args.mixed_precision = "no"
+    refuse_other_strategy(args, strategy)
     # Several visible GPUs in one process would make the Trainer fall back to nn.DataParallel.
     args._n_gpu = min(args.n_gpu, 1)
     return args
+
+
+def prepare_accelerate_(recipe: Recipe, strategy: Strategy) -> None:
+    """Tell Accelerate, by the variables that its launcher sets, what the recipe decides."""
+    is_zero = strategy.startswith("zero")
+    if is_zero:
+        try:
+            import deepspeed  # noqa: F401
+        except ImportError as error:
+            raise RefusedError(
+                f"{strategy} needs DeepSpeed, which is not installed: pip install 'lowmem[deepspeed]'"
+            ) from error
+        # DeepSpeed keeps float32 weights beside a bfloat16 model, and must be told that it is one.
+        is_bf16 = recipe.model.dtype == "bfloat16"
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if is_bf16 else "no"
+        os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(recipe.train.gradient_accumulation_steps)
+        os.environ["ACCELERATE_GRADIENT_CLIPPING"] = str(recipe.train.max_grad_norm or 0.0)
+    else:
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+        os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
+    if rehearses():
+        rehearse_on_cpu(deepspeed=is_zero)
+
+
+def refuse_other_strategy(args: TrainingArguments, strategy: Strategy) -> None:
+    """Accelerate falls back to unsharded training in several settings, without a word."""
+    if strategy not in SHARDED:
+        return
+    assert args.distributed_state is not None
+    found = args.distributed_state.distributed_type.value
+    expected = {"fsdp2": ("FSDP", "MULTI_GPU")}.get(strategy, ("DEEPSPEED",))
+    if found not in expected:
+        raise RefusedError(
+            f"{strategy} was launched, and accelerate has made {found} of it. Check its configuration file; "
+            "recipes/accelerate has one that works for each strategy."
+        )

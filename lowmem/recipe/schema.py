@@ -221,6 +221,14 @@ class ReportRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistributedRecipe:
+    strategy: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = key(
+        "auto",
+        "how several processes share the work; auto takes what the launcher started, another must match it",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     model: ModelRecipe = key(doc="what is fine-tuned")
     lora: LoraRecipe | None = key(None, "train LoRA adapters (through peft) instead of every parameter")
@@ -231,3 +239,4 @@ class Recipe:
     save: SaveRecipe = key(SaveRecipe, "what is written where")
     resume: str = key("auto", "auto (the newest checkpoint of save.dir), never, or a checkpoint folder")
     report: ReportRecipe = key(ReportRecipe, "logging and the memory report")
+    distributed: DistributedRecipe = key(DistributedRecipe, "several processes")

@@ -19,7 +19,7 @@ from lowmem.run.checkpoint_manifest import (
 )
 
 CHECKPOINT_PREFIX = "checkpoint-"
-OPTIMIZER_STATE = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+OPTIMIZER_STATE = ("optimizer.pt", "optimizer-*.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 """Files, and patterns of files, that only who continues the training needs."""
 
 

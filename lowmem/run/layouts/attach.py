@@ -18,7 +18,8 @@ from lowmem.run.layouts.zero import FlatPartitions, FlatSlices, NamedParams
 class StepsInPieces:
     """Stands in `LowMemOptimizer.steps_in_pieces`; finds the pieces at the first step."""
 
-    def __init__(self, find: Callable[[], PieceOptimizer]):
+    def __init__(self, optimizer: LowMemOptimizer, find: Callable[[], PieceOptimizer]):
+        self.optimizer = optimizer
         self._find = find
         self._pieces: PieceOptimizer | None = None
 
@@ -81,6 +82,6 @@ def _attached(optimizer: LowMemOptimizer, find: Callable[[], PieceOptimizer]) ->
             "sharded parameters are known by their names: make the optimizer with lowmem.build_optimizer, or from "
             "model.named_parameters()."
         )
-    steps = StepsInPieces(find)
+    steps = StepsInPieces(optimizer, find)
     optimizer.steps_in_pieces = steps
     return steps

@@ -15,6 +15,7 @@ class RowShards:
     """Parameters and gradients that `torch.distributed.fsdp.fully_shard` has cut by rows, as torch.chunk does."""
 
     always_has_gradients = False
+    keeps_finer_weights = False
 
     def __init__(self, names: dict[int, str]):
         """names: of the parameters, by the id of the DTensor."""

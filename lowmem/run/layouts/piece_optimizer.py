@@ -39,7 +39,7 @@ class PieceOptimizer(LowMemOptimizer):
         group: dist.ProcessGroup | None = None,
     ):
         """settings_of_groups: the other optimizer's groups; tensors_of_groups: what these will hold in a step."""
-        self._layout, self._process_group = layout, group
+        self.layout, self._process_group = layout, group
         self.rank, self.processes = dist.get_rank(group), dist.get_world_size(group)
         self._pieces: dict[Tensor, Piece] = {}
         self._owner: dict[Tensor, int] = {}
@@ -60,7 +60,7 @@ class PieceOptimizer(LowMemOptimizer):
         """The group with what stands here for each parameter, in the same places."""
         params = []
         for given in tensors:
-            made = [self._made(piece) for piece in self._layout.pieces_of(given)]
+            made = [self._made(piece) for piece in self.layout.pieces_of(given)]
             self._stands_for[id(given)] = made
             params += made
         own = {name: value for name, value in settings.items() if name not in ("params", "param_names")}
@@ -83,6 +83,10 @@ class PieceOptimizer(LowMemOptimizer):
                 self._owner[param] = owner
                 self._idle[param] = param.data.new_zeros(()).expand(shape)
                 param.data = self._idle[param]
+
+    def all_pieces(self) -> list[Piece]:
+        """In the order of the groups."""
+        return [self._pieces[param] for group in self.param_groups for param in group["params"]]
 
     # ---------------------------------------------------------------- what the engine asks
 
@@ -117,7 +121,7 @@ class PieceOptimizer(LowMemOptimizer):
 
     def _with_gradients(self, params: list[Tensor]) -> list[Tensor]:
         """Those of which any process has a gradient; all processes must do the same with each of them."""
-        if self._layout.always_has_gradients or not params:
+        if self.layout.always_has_gradients or not params:
             return params
         has = [self._pieces[param].grad() is not None for param in params]
         found = self._anywhere(has, params[0].device)

@@ -51,6 +51,8 @@ class Layout(Protocol):
 
     always_has_gradients: bool
     """Whether no process can lack a gradient that another has."""
+    keeps_finer_weights: bool
+    """Whether what it gives as weights is in another dtype than the model's, which is rounded from it."""
 
     def pieces_of(self, param: Tensor) -> Sequence[Piece]:
         """Of one tensor in a param group, in the same order on every process."""

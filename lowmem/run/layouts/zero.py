@@ -33,6 +33,7 @@ class FlatPartitions:
 
     def __init__(self, named: NamedParams, flats: Sequence[Tensor], group: dist.ProcessGroup | None):
         rank = dist.get_rank(group)
+        self.keeps_finer_weights = _are_finer(flats, named)
         mine = {name: _range_of(param) for params in named for name, param in params}
         everyones: list[dict[str, tuple[int, int]]] = [{} for _ in range(dist.get_world_size(group))]
         dist.all_gather_object(everyones, mine, group=group)
@@ -60,6 +61,7 @@ class FlatSlices:
 
     def __init__(self, named: NamedParams, zero: Any, group: dist.ProcessGroup | None):
         processes, rank = dist.get_world_size(group), dist.get_rank(group)
+        self.keeps_finer_weights = _are_finer(zero.fp32_partitioned_groups_flat, named)
         names = {id(param): name for params in named for name, param in params}
         self._pieces: dict[int, list[Piece]] = {}
         for params, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
@@ -92,6 +94,10 @@ def _piece(
         return None if flat.grad is None else flat.grad[place]
 
     return Piece(name, shape, tuple(ranges), lambda: flat.detach()[place], grad)
+
+
+def _are_finer(flats: Sequence[Tensor], named: NamedParams) -> bool:
+    return any(flat.dtype != param.dtype for flat in flats for params in named for _, param in params)
 
 
 def _range_of(param: Any) -> tuple[int, int]:

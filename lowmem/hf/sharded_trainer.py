@@ -1,0 +1,104 @@
+"""A Trainer whose model Accelerate divides over processes: what it saves, and how it goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lowmem.hf.atomic_folder import checkpoint_faults_explained
+from lowmem.hf.final_model import save_weights
+from lowmem.hf.trainer_checkpoints import CheckpointedTrainer
+from lowmem.hf.whole_weights import whole_state_dict
+from lowmem.run.layouts.attach import StepsInPieces
+from lowmem.run.layouts.saved_pieces import file_name, load_pieces_, saved_pieces
+
+WEIGHTS = "model*.safetensors"
+
+
+class ShardedTrainer(CheckpointedTrainer):
+    """Its checkpoints have the weights whole, as those of one process, and a file of optimizer state for each process.
+
+    They are continued bit by bit by as many processes under the same strategy. Nothing that DeepSpeed pickles is
+    written or read. Without sharding it is a CheckpointedTrainer.
+    """
+
+    steps_in_pieces: StepsInPieces | None
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        """Weights are loaded while the model is whole, and the state when it is in pieces."""
+        if not self._is_sharded or resume_from_checkpoint is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        with checkpoint_faults_explained(Path(resume_from_checkpoint)):
+            load_whole_weights_(self.model, Path(resume_from_checkpoint))
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
+    @property
+    def _is_sharded(self) -> bool:
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self._is_sharded:
+            super().save_model(output_dir, _internal_call)
+            return
+        assert output_dir is not None
+        weights = self.whole_weights()
+        if self.args.should_save:
+            assert self.processing_class is not None
+            save_weights(self.accelerator.unwrap_model(self.model), output_dir, weights=weights)
+            self.processing_class.save_pretrained(output_dir)
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """On the main process, {} elsewhere; all must call it."""
+        return whole_state_dict(self.accelerator.unwrap_model(self.model), keeps=self.args.should_save)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._is_sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        assert self.steps_in_pieces is not None
+        name = file_name(self.args.process_index, self.args.world_size)
+        torch.save(saved_pieces(self.steps_in_pieces.pieces), folder / name)
+        if self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
+
+    def _load_state(self, checkpoint: str) -> None:
+        if not self._is_sharded:
+            super()._load_state(checkpoint)
+            return
+        assert self.steps_in_pieces is not None
+        assert self.lr_scheduler is not None
+        name = file_name(self.args.process_index, self.args.world_size)
+        saved = torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True)
+        load_pieces_(self.steps_in_pieces.pieces, saved)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
+        # Elsewhere the rates come back with the optimizer's groups, which here are a library's.
+        rates = self.lr_scheduler.get_last_lr()
+        for group, rate in zip(self.lr_scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def load_whole_weights_(model: nn.Module | None, folder: Path) -> None:
+    """From a checkpoint's safetensors, in one file or several; tied weights are there once.
+
+    Raises RuntimeError where a weight is missing, unknown or of another shape.
+    """
+    assert model is not None
+    missing, unexpected = set(model.state_dict()), set()
+    for path in sorted(folder.glob(WEIGHTS)):
+        weights = load_file(path)
+        unexpected |= set(model.load_state_dict(weights, strict=False).unexpected_keys)
+        missing -= weights.keys()
+    missing -= set(getattr(model, "_tied_weights_keys", None) or ())
+    if missing or unexpected:
+        raise RuntimeError(f"weights of another model: {', '.join(sorted(missing | unexpected)[:3])}")
