@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
@@ -29,7 +30,7 @@ from lowmem.hf.disk import optimizer_states_to_come, refuse_too_small_disk
 from lowmem.hf.environment import describe_environment
 from lowmem.hf.evaluation import HeldOut
 from lowmem.hf.interrupt import Interrupt
-from lowmem.hf.launch import SHARDED, launched_strategy
+from lowmem.hf.launch import SHARDED, WITHOUT_WHOLE_WEIGHTS, launched_strategy
 from lowmem.hf.make_optimizer import float_bytes, make_optimizer, model_bytes, trainable_bytes
 from lowmem.hf.memory_snapshot import FILE as SNAPSHOT
 from lowmem.hf.memory_snapshot import SnapshotOfAStep
@@ -42,6 +43,7 @@ from lowmem.hf.run_folder import RunFolder, checkpoint_to_resume, open_run_folde
 from lowmem.hf.small_batches import remarks, tokens_of_a_step
 from lowmem.hf.trainer import LowMemTrainer
 from lowmem.hf.training_arguments import training_arguments
+from lowmem.hf.whole_weights import loaded_whole
 from lowmem.memory.measure import meter_for
 from lowmem.memory.wording import size
 from lowmem.optim.build import describe_groups
@@ -127,13 +129,17 @@ def prepare_run(recipe: Recipe, interrupt: Interrupt) -> Run:
     assert isinstance(tokenizer.pad_token_id, int), "load_tokenizer sets a pad token"
     to_batch = collate(tokenizer.pad_token_id)
     shortest = min(range(len(rows)), key=lambda index: len(train_rows.examples[index].input_ids))
-    model = trainable_model(recipe, device=args.device, probe_batch=to_batch([rows[shortest]]), say=say)
+    strategy = launched_strategy()
+    # A model that is to be divided need never fit one device; who divides it moves the pieces.
+    device = torch.device("cpu") if strategy in WITHOUT_WHOLE_WEIGHTS else args.device
+    with loaded_whole():
+        model = trainable_model(recipe, device=device, probe_batch=to_batch([rows[shortest]]), say=say)
     say(f"model: {model_summary(model)}")
 
     tokens_per_step = tokens_of_a_step(recipe, train_rows.summary, args.world_size)
     meter = meter_for(model, args.device)
     watch, batches, stop = StepWatch(meter), BatchRecorder(), StopOnInterrupt(interrupt)
-    watch.is_on = launched_strategy() not in SHARDED or args.device.type == "cuda"
+    watch.is_on = strategy not in SHARDED or args.device.type == "cuda"
     callbacks: list[TrainerCallback] = [LogLastStep(), MeterBorders(watch)]
     if held_out is not None and recipe.eval.every is not None:
         callbacks.append(EvaluateEvery(recipe.eval.every))

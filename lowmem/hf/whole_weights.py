@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lowmem.numerics.held_weights import numel_of
+
+
+@contextmanager
+def loaded_whole() -> Iterator[None]:
+    """Have transformers load a model whole where ZeRO-3 was launched, and not divided already.
+
+    What is tried out on a model before it is trained needs all of it; DeepSpeed divides it afterwards.
+    """
+    from transformers.integrations import deepspeed as integration
+
+    kept = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = kept
 
 
 def whole_state_dict(model: nn.Module, *, keeps: bool) -> dict[str, Tensor]:
