@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 FLOOR_VENV := .venv-floor
+DEEPSPEED := $(VENV)/deepspeed
 PIP := -m pip --disable-pip-version-check install --quiet
 
 export TOKENIZERS_PARALLELISM := false
@@ -32,13 +33,18 @@ $(INSTALLED_DEV): $(INSTALLED)
 	$(BIN)/python $(PIP) -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Beside the environment and not in it: Accelerate imports DeepSpeed in every process that can, and that talks.
+$(DEEPSPEED): constraints.txt | $(INSTALLED_DEV)
+	rm -rf $@
+	DS_BUILD_OPS=0 $(BIN)/python $(PIP) -c constraints.txt --no-deps --target $@ deepspeed einops hjson msgpack ninja py-cpuinfo
+
 demo: $(INSTALLED) ## train the quickstart recipe and print what it saved
 	$(BIN)/lowmem train recipes/quickstart.yaml resume=never save.dir=runs/demo-$$(date +%Y%m%d-%H%M%S)
 
-test: $(INSTALLED_DEV) ## run the tests
+test: $(INSTALLED_DEV) $(DEEPSPEED) ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
 
-test-slow: $(INSTALLED_DEV) ## run the long tests too, and everything on the oldest supported transformers
+test-slow: $(INSTALLED_DEV) $(DEEPSPEED) ## run the long tests too, and everything on the oldest supported transformers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	$(MAKE) test-floor
 

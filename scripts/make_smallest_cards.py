@@ -73,7 +73,7 @@ ROWS = (
         others="15.26 GB, embeddings not trained (README of VITA-Group/Q-GaLore)"),
     Row("7b-q1024-offload", "LLaMA-2-7B", f"{Q_GALORE}, rank: 1024", 16, 256, "12GiB",
         also=("train.activation_offload=true",)),
-    Row("7b-q1024-accumulated", "LLaMA-2-7B", f"{Q_GALORE}, rank: 1024", 16, 256, "16GiB", micro_batches=16),
+    Row("7b-q1024-accumulated", "LLaMA-2-7B", f"{Q_GALORE}, rank: 1024", 4, 256, "16GiB", micro_batches=4),
     Row("7b-q256", "LLaMA-2-7B", f"{Q_GALORE}, rank: 256", 1, 1024, "12GiB"),
     Row("7b-q256-project", "LLaMA-2-7B", f"{Q_GALORE}, rank: 256", 1, 1024, "12GiB",
         also=("train.execution=project",)),
