@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 from lowmem.recipe.dump import dump_recipe
 from lowmem.recipe.load import load_recipe
 from lowmem.recipe.optimizer_table import optimizer_table
+from lowmem.recipe.schema import DistributedRecipe
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted(path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.yaml"))
+LAUNCHES = ROOT / "recipes" / "accelerate"
+"""Files for Accelerate's launcher, which are no recipes."""
+RECIPES = sorted(
+    path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.yaml") if LAUNCHES not in path.parents
+)
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +53,10 @@ def test_the_comment_at_the_top_says_what_it_is_and_the_command_that_runs_it(pat
 
 def test_every_optimizer_has_a_recipe() -> None:
     assert {load_recipe(path).optimizer.name for path in RECIPES} >= set(optimizer_table())
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCHES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_there_is_a_launch_file_for_each_strategy_that_says_how_to_use_it(path: Path) -> None:
+    assert path.stem in get_args(get_type_hints(DistributedRecipe)["strategy"])
+    text = path.read_text(encoding="utf-8")
+    assert f"accelerate launch --config_file recipes/accelerate/{path.name} -m lowmem.train RECIPE" in text

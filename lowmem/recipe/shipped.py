@@ -21,10 +21,17 @@ def shipped_folder() -> Path | None:
     return working if working.is_dir() else None
 
 
+LAUNCH_FILES = "accelerate"
+"""The folder beside the recipes for Accelerate's launcher."""
+
+
 def shipped_recipes() -> list[Path]:
     """Every shipped recipe, as short a path as names it from the working directory."""
     folder = shipped_folder()
-    return [] if folder is None else [_short(path) for path in sorted(folder.rglob("*.yaml"))]
+    if folder is None:
+        return []
+    found = sorted(path for path in folder.rglob("*.yaml") if path.parent.name != LAUNCH_FILES)
+    return [_short(path) for path in found]
 
 
 def find_recipe(path: str | Path) -> Path | None:
