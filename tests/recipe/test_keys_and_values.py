@@ -85,7 +85,8 @@ def test_every_foreign_name_is_answered_with_a_key_that_exists_and_is_no_key_its
 def test_a_key_nobody_meant_is_answered_with_the_keys_there_are(key: str) -> None:
     (problem,) = problems_of(with_lines(key + "\n"))
     assert problem.endswith(
-        " is not a key. Keys at the top level: model, lora, data, optimizer, eval, train, save, resume, report."
+        " is not a key. Keys at the top level: model, lora, data, optimizer, eval, train, save, resume, "
+        "report, distributed."
     )
 
 
