@@ -115,7 +115,8 @@ class LowMemOptimizer(OptimizerState):
             for param in group["params"]:
                 self.step_param(param, group)
         self._drop_held_gradients()
-        self._count_step_of_turns()
+        for group in self.param_groups:
+            self._count_step_of_turn(group, group["params"])
         return loss
 
     def _drop_held_gradients(self) -> None:

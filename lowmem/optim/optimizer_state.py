@@ -7,6 +7,7 @@ read once, after a load; all of that can be forgotten and read again.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -79,24 +80,26 @@ class OptimizerState(torch.optim.Optimizer):
 
     def rule_of(self, param: Tensor, group: dict[str, Any]) -> Rule:
         """That of the coming update."""
-        rule = registry.optimizer_class(group["algorithm"]).rule(group, shape_of(param))
+        rule = registry.optimizer_class(group["algorithm"]).rule(group, self._whole_shape(param))
         number = turn_number(group)
         return rule if number is None else rule.in_turn(self._turn(param, group, number))
+
+    def _whole_shape(self, param: Tensor) -> tuple[int, ...]:
+        return shape_of(param)
 
     def _turn(self, param: Tensor, group: dict[str, Any], number: int) -> Turn:
         _, index, count = self.place_of(param)
         return Turn(number, index, count, group["seed"])
 
-    def _count_step_of_turns(self) -> None:
-        """After a step: free all state of those whose turn has ended, before any of the next turn's is made."""
-        for group in self.param_groups:
-            length = turn_length(group)
-            if length is None:
-                continue
-            group[STEPS] = group.get(STEPS, 0) + 1
-            if group[STEPS] % length == 0:
-                for param in group["params"]:
-                    self._forget_state_of(param)
+    def _count_step_of_turn(self, group: dict[str, Any], params: Iterable[Tensor]) -> None:
+        """After a step: where a turn ends free all its state, before any of the next turn's is made."""
+        length = turn_length(group)
+        if length is None:
+            return
+        group[STEPS] = group.get(STEPS, 0) + 1
+        if group[STEPS] % length == 0:
+            for param in params:
+                self._forget_state_of(param)
 
     def _forget_state_of(self, param: Tensor) -> None:
         for remembered in (self.state, self._steps, self._known):

@@ -24,6 +24,8 @@ WORLD = 2
 STEPS = 8
 OF_EACH = {name: [case for case in CASES if case[0] == name][:2] for name in OPTIMIZERS}
 CHOSEN = [case for cases in OF_EACH.values() for case in cases]
+TURNS = [case for case in CASES if case[1].get("projection") == "block"]
+"""Whose state is another at each turn."""
 MATRICES = 6 * 24 * 48
 """Values of the linear layers of `net`."""
 
@@ -73,7 +75,7 @@ def work(rank: int, port: int, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     try:
-        found = {str(case): trained_in_rows(case, rank, batches(STEPS, 1)) for case in CHOSEN}
+        found = {str(case): trained_in_rows(case, rank, batches(STEPS, 1)) for case in [*CHOSEN, *TURNS]}
         Path(out, f"{rank}.pickle").write_bytes(pickle.dumps(found))
     finally:
         dist.destroy_process_group()
@@ -90,7 +92,7 @@ def ranks(tmp_path_factory):
     return [pickle.loads((out / f"{rank}.pickle").read_bytes()) for rank in range(WORLD)]
 
 
-@pytest.mark.parametrize("case", CHOSEN, ids=case_id)
+@pytest.mark.parametrize("case", [*CHOSEN, *TURNS], ids=case_id)
 def test_rows_over_two_processes_make_the_steps_of_one(ranks, case):
     model = net()
     alone = train(model, optimizer_for(case, model), batches(STEPS, 1))
@@ -109,6 +111,17 @@ def test_state_is_divided_over_the_processes_and_counted_before_it_is_made(ranks
     assert [each["held"] for each in found] == [each["declared"] for each in found]
     assert sum(each["held"] for each in found) <= found[0]["whole"] + 4 * parameters + 4 * parameters
     assert max(each["held"] for each in found) <= 0.62 * found[0]["whole"] + 4 * parameters
+
+
+@pytest.mark.parametrize("case", TURNS, ids=case_id)
+def test_state_of_a_turn_is_divided_and_that_of_the_last_one_gone(ranks, case):
+    held = [counted["held"] for _, counted in (found[str(case)] for found in ranks)]
+    assert held == [counted["declared"] for _, counted in (found[str(case)] for found in ranks)]
+    assert (
+        len(list(net().parameters())) * 4
+        < max(held)
+        < 0.4 * 2 * 4 * sum(p.numel() for p in net().parameters())
+    )
 
 
 def test_matrices_travel_once_to_their_owners_and_back(ranks):

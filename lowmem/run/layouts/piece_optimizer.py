@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lowmem.numerics.seeding import seeded_generator
-from lowmem.optim import registry
 from lowmem.optim.engine import LowMemOptimizer
+from lowmem.optim.optimizer_state import STEPS
 from lowmem.optim.rule import Context, Rule
 from lowmem.run.layouts.exchange import Exchange, batches_of
 from lowmem.run.layouts.pieces import Layout, Piece, owners_of, refuse_gaps
@@ -90,9 +90,9 @@ class PieceOptimizer(LowMemOptimizer):
 
     # ---------------------------------------------------------------- what the engine asks
 
-    def rule_of(self, param: Tensor, group: dict[str, Any]) -> Rule:
+    def _whole_shape(self, param: Tensor) -> tuple[int, ...]:
         """That of the whole parameter: of a piece nobody could tell whether it is a matrix."""
-        return registry.optimizer_class(group["algorithm"]).rule(group, self._pieces[param].shape)
+        return self._pieces[param].shape
 
     def _rounding(
         self, param: Tensor, group: dict[str, Any], ctx: Context, purpose: str
@@ -118,6 +118,9 @@ class PieceOptimizer(LowMemOptimizer):
             self._step_pieces([param for param in params if param not in self._owner], settings)
             for batch in batches_of([self._pieces[param] for param in whole]):
                 self._step_whole(whole[batch], settings)
+        for own, settings in zip(self.param_groups, outer.param_groups, strict=True):
+            self._count_step_of_turn(settings, own["params"])
+            own.update({STEPS: settings[STEPS]} if STEPS in settings else {})
 
     def _with_gradients(self, params: list[Tensor]) -> list[Tensor]:
         """Those of which any process has a gradient; all processes must do the same with each of them."""
