@@ -27,13 +27,14 @@ from lowmem.memory.simulate import SimulatedMeter, Simulation
 from lowmem.memory.simulated_host import SimulatedHost
 from lowmem.numerics.held_weights import nbytes_of, numel_of
 from lowmem.optim.engine import LowMemOptimizer
-from lowmem.optim.fullest_turn import pretend_fullest_turn_
+from lowmem.optim.fullest_turn import fullest_turns, pretend_turn_
 from lowmem.optim.without_values import pretend_until_refresh_
 from lowmem.recipe.schema import Recipe
 from lowmem.run.activation_offload import OffloadedInputs
 
 FIRST, LATER, REFRESH = "first step", "later step", "step with a refresh"
-TRAINING = (FIRST, LATER, REFRESH)
+OTHER_TURN = "step of another turn"
+TRAINING = (FIRST, LATER, OTHER_TURN, REFRESH)
 EVALUATION, ANSWERING = "evaluation", "answering"
 
 
@@ -126,12 +127,13 @@ def simulate_run(
 class RefreshInLastStep(TrainerCallback):
     """Moves the optimizer's counters and names the steps.
 
-    Where blocks take turns, those after the first step are of the turn that has most state; the last is one with a
-    refresh.
+    Where blocks take turns, the second step is of the turn that has most state, and the third of one that has less but
+    to which backward goes farther, if there is one. The last is one with a refresh, if there is any.
     """
 
     def __init__(self, meter: SimulatedMeter):
         self.meter = meter
+        self.turns: list[int] = []
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -140,7 +142,10 @@ class RefreshInLastStep(TrainerCallback):
         name = FIRST if number == 1 else LATER
         optimizer = self.meter.optimizer
         if number == 2 and isinstance(optimizer, LowMemOptimizer):
-            pretend_fullest_turn_(optimizer)
+            self.turns = fullest_turns(optimizer)
+        if isinstance(optimizer, LowMemOptimizer) and number in (2, 3) and len(self.turns) > number - 2:
+            pretend_turn_(optimizer, self.turns[number - 2])
+            name = LATER if number == 2 else OTHER_TURN
         is_last = number == state.max_steps
         if is_last and isinstance(optimizer, LowMemOptimizer) and pretend_until_refresh_(optimizer):
             name = REFRESH

@@ -32,6 +32,7 @@ from lowmem.memory.state_formulas import (
     treatments,
 )
 from lowmem.memory.step_formulas import accumulated, update_bytes
+from lowmem.memory.turn_states import is_untouched
 from lowmem.recipe.execution_choice import Mode, Situation, chosen_mode
 from lowmem.recipe.schema import LoraRecipe, Recipe
 
@@ -91,9 +92,21 @@ def recipe_method(recipe: Recipe, shape: Architecture, *, on_cuda: bool) -> Meth
         by_rows=by_rows,
         state=sum(each.state for each in updates),
         mode=way.mode,
-        passes=passes_of(way, updates, by_rows=by_rows, most_due=_most_due(treated, updates)),
+        passes=_passes_in_turn(way, updates)
+        if any(is_untouched(each.algorithm, each.settings) for each in treated) and way.mode != "fused"
+        else passes_of(way, updates, by_rows=by_rows, most_due=_most_due(treated, updates)),
         end=end_of(way, updates),
     )
+
+
+def _passes_in_turn(way: Way, updates: Sequence[Update]) -> tuple[Pass, ...]:
+    """Where most weights have no gradient: a bound, as if all gradients that stay were there from the beginning.
+
+    A layer's names are those of every layer, so it cannot be said of a gradient whether it is made. In backward each
+    is there for a moment, and activations are those of a model that is trained as a whole.
+    """
+    state, gradients = sum(each.state for each in updates), sum(each.gradient for each in updates)
+    return (Pass(GO, gradients, state),)
 
 
 def _way(recipe: Recipe, updates: Sequence[Update]) -> Way:
@@ -130,12 +143,13 @@ def _updates(treated: Sequence[Treatment], itemsize: int, *, clips: bool, on_cud
         name = _arrives_as(each.parameter)
         key = (name, id(each.settings), each.parameter.shape)
         if key not in alike:
+            untouched = is_untouched(each.algorithm, each.settings)
             arguments = (each.algorithm, each.settings, each.parameter.shape, itemsize)
             alike[key] = Update(
                 name=name,
-                gradient=rounded(each.parameter.numel * itemsize),
+                gradient=0 if untouched else rounded(each.parameter.numel * itemsize),
                 state=state_bytes(*arguments, round_to=ALLOCATION_BYTES),
-                temporary=update_bytes(*arguments, on_cuda=on_cuda),
+                temporary=0 if untouched else update_bytes(*arguments, on_cuda=on_cuda),
                 projected=projected(*arguments, on_cuda=on_cuda),
                 accumulated=None if clips else accumulated(*arguments),
                 by_rows=row_update(*arguments, on_cuda=on_cuda) if name in LARGEST else None,

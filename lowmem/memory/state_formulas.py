@@ -8,6 +8,7 @@
                 exp_avg N with beta1
     sinkgd      nothing; momentum_buffer N with momentum; as adamw for what is no matrix; muon likewise
     swan        nothing; as adamw for what is no matrix
+    block_adam  as adamw for the blocks whose turn it is, nothing for the others
     frugal      see `frugal_states`
     low rank    see `low_rank_states`
 
@@ -33,7 +34,7 @@ from lowmem.memory.frugal_states import frugal_state
 from lowmem.memory.ledger import rounded
 from lowmem.memory.low_rank_states import LOW_RANK_STATES
 from lowmem.memory.state_tensors import Settings, State, StateTensor, adamw_state, is_matrix
-from lowmem.memory.turn_states import resting_in_the_fullest_turn
+from lowmem.memory.turn_states import is_untouched, resting_in_the_fullest_turn
 from lowmem.recipe.optimizer_table import optimizer_table
 from lowmem.recipe.schema import OptimizerRecipe
 
@@ -64,6 +65,10 @@ def _normalised(settings: Settings, shape: Shape) -> State:
     return _sgd(settings, shape) if is_matrix(shape) else adamw_state(settings, shape)
 
 
+def _block_adam(settings: Settings, shape: Shape) -> State:
+    return {} if settings.get("rests") else adamw_state(settings, shape)
+
+
 FORMULAS: dict[str, Callable[[Settings, Shape], State]] = {
     "adamw": adamw_state,
     "sgd": _sgd,
@@ -74,6 +79,7 @@ FORMULAS: dict[str, Callable[[Settings, Shape], State]] = {
     "muon": _normalised,
     **LOW_RANK_STATES,
     "frugal": frugal_state,
+    "block_adam": _block_adam,
 }
 """A new optimizer is one function, and a name below if it treats matrices only."""
 
@@ -133,7 +139,7 @@ def stored_sizes(tensor: StateTensor, settings: Settings, param_itemsize: int) -
 
 def state_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: int, *, round_to: int = 1) -> int:
     """Bytes of state of a parameter whose values take `itemsize` bytes, `step` included, each tensor rounded up."""
-    if math.prod(shape) == 0:
+    if math.prod(shape) == 0 or is_untouched(algorithm, settings):
         return 0
     settings = with_defaults(algorithm, settings)
     tensors = state_values(algorithm, settings, shape).values()
@@ -197,7 +203,7 @@ def _head_of(parameters: Sequence[Parameter]) -> Parameter | None:
 
 def _in_turn(found: list[Treatment]) -> list[Treatment]:
     """With the settings of those that rest in the fullest turn saying so."""
-    resting = resting_in_the_fullest_turn([(each.settings, each.parameter) for each in found])
+    resting = resting_in_the_fullest_turn([(each.algorithm, each.settings, each.parameter) for each in found])
     at_rest = {id(each.settings): {**each.settings, "rests": True} for each in found}
     return [
         replace(each, settings=at_rest[id(each.settings)]) if position in resting else each

@@ -27,9 +27,18 @@ def seeded_choice(count: int, among: int, *parts: object) -> list[int]:
     Made of whole numbers and `random.random()` alone, whose sequence Python promises to keep: the same on every
     device, machine and release.
     """
+    return sorted(_drawn(count, among, parts))
+
+
+def seeded_permutation(count: int, *parts: object) -> list[int]:
+    """The numbers below `count` in an order that `parts` decide, all orders being equally likely."""
+    return _drawn(count, count, parts)
+
+
+def _drawn(count: int, among: int, parts: tuple[object, ...]) -> list[int]:
     draw = random.Random(stable_seed(*parts))
     numbers = list(range(among))
     for i in range(count):
         j = i + int(draw.random() * (among - i))
         numbers[i], numbers[j] = numbers[j], numbers[i]
-    return sorted(numbers[:count])
+    return numbers[:count]

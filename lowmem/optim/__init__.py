@@ -12,6 +12,7 @@ from __future__ import annotations
 from lowmem.optim.algorithms.adafactor import Adafactor
 from lowmem.optim.algorithms.adamw import AdamW
 from lowmem.optim.algorithms.apollo import Apollo
+from lowmem.optim.algorithms.block_adam import BlockAdam
 from lowmem.optim.algorithms.dct_adamw import DctAdamW
 from lowmem.optim.algorithms.fira import Fira
 from lowmem.optim.algorithms.frugal import FRUGAL
@@ -33,6 +34,7 @@ __all__ = [
     "Adafactor",
     "AdamW",
     "Apollo",
+    "BlockAdam",
     "DctAdamW",
     "Fira",
     "GaLore",

@@ -9,7 +9,7 @@ call `project_grad_`, which makes the first half of that (refresh?, project) and
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -44,6 +44,9 @@ class LowMemOptimizer(OptimizerState):
     treats_matrices: ClassVar[bool] = False
     """Whether `build_optimizer` gives it the linear layers only and the rest to the fallback."""
 
+    rests: ClassVar[bool] = False
+    """Whether parameters that have state in turn use no gradient while it is not theirs."""
+
     steps_in_pieces: Callable[[LowMemOptimizer], None] | None = None
     """Who makes the steps where each process has a piece of each parameter."""
 
@@ -66,6 +69,15 @@ class LowMemOptimizer(OptimizerState):
         return None
 
     @staticmethod
+    def blocks(groups: Sequence[dict[str, Any]]) -> list[list[tuple[int, int]]]:
+        """Where parameters have state in turn: which block each of each group is of, numbered from 0, and of how many.
+
+        `groups` are all that have this algorithm. By default each parameter is a block, and each group for itself.
+        """
+        sizes = [len(group["params"]) for group in groups]
+        return [[(index, size) for index in range(size)] for size in sizes]
+
+    @staticmethod
     def remark(group: dict[str, Any], shape: Shape) -> str | None:
         """What a user should know about how a parameter of `shape` is treated, or None."""
         return None
@@ -85,6 +97,7 @@ class LowMemOptimizer(OptimizerState):
             if (held := held_weight(param)) is not None:
                 held.trainer = weakref.ref(self)
         owner.settle_groups(self.param_groups)
+        self._blocks.clear()
 
     @staticmethod
     def settle_groups(groups: list[dict[str, Any]]) -> None:
@@ -135,6 +148,8 @@ class LowMemOptimizer(OptimizerState):
         if numel_of(param) == 0 or (grad is None and projected is None and not has_sum):
             return
         rule = self.rule_of(param, group)
+        if not rule.needs_gradient:
+            return
         stored = self._stored(param, group, rule)
         ctx = self._next_context(param, group)
         lr, weight_decay = float(group["lr"]), float(group["weight_decay"])

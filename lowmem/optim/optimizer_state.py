@@ -44,7 +44,10 @@ class OptimizerState(torch.optim.Optimizer):
             for param in group["params"]:
                 if not param.requires_grad or numel_of(param) == 0:
                     continue
-                codecs = self._codecs(param, group, self.rule_of(param, group))
+                rule = self.rule_of(param, group)
+                if not rule.needs_gradient:
+                    continue
+                codecs = self._codecs(param, group, rule)
                 total += sum(codec.nbytes() for codec in codecs.values()) + 4  # and `step`
         return total
 
@@ -68,6 +71,7 @@ class OptimizerState(torch.optim.Optimizer):
         self._steps: dict[Tensor, int] = {}
         self._known: dict[Tensor, dict[str, tuple[int, ...]]] = {}
         self._places: dict[Tensor, tuple[str, int, int]] = {}
+        self._blocks: dict[Tensor, tuple[int, int]] = {}
         self._refreshed: dict[Tensor, int] = {}
         self._refreshed_in_vain: set[Tensor] = set()
         self.failed_refreshes: dict[str, int] = {}
@@ -88,8 +92,13 @@ class OptimizerState(torch.optim.Optimizer):
         return shape_of(param)
 
     def _turn(self, param: Tensor, group: dict[str, Any], number: int) -> Turn:
-        _, index, count = self.place_of(param)
-        return Turn(number, index, count, group["seed"])
+        if param not in self._blocks:
+            name = group["algorithm"]
+            groups = [each for each in self.param_groups if each["algorithm"] == name]
+            found = registry.optimizer_class(name).blocks(groups)
+            for each, places in zip(groups, found, strict=True):
+                self._blocks.update(zip(each["params"], places, strict=True))
+        return Turn(number, *self._blocks[param], group["seed"])
 
     def _count_step_of_turn(self, group: dict[str, Any], params: Iterable[Tensor]) -> None:
         """After a step: where a turn ends free all its state, before any of the next turn's is made."""

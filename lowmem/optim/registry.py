@@ -24,6 +24,7 @@ OPTIMIZERS = {
     "apollo": "lowmem.optim.algorithms.apollo:Apollo",
     "dct_adamw": "lowmem.optim.algorithms.dct_adamw:DctAdamW",
     "frugal": "lowmem.optim.algorithms.frugal:FRUGAL",
+    "block_adam": "lowmem.optim.algorithms.block_adam:BlockAdam",
 }
 
 

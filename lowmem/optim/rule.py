@@ -185,6 +185,9 @@ class Rule:
     is_projected: ClassVar[bool] = False
     """Whether `update` sees the gradient through `project` alone, so that it may be projected as it arrives."""
 
+    needs_gradient: ClassVar[bool] = True
+    """False where there is nothing to do with a gradient, so that none need be made."""
+
     def in_turn(self, turn: Turn) -> Rule:
         """The rule of a block in a turn, for optimizers with a `turn_length`. Its own state begins with the turn."""
         return self

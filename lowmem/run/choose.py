@@ -88,6 +88,8 @@ def gradient_bytes(optimizer: LowMemOptimizer, mode: Mode, at: Situation) -> int
     held = largest = 0
     for param, group in _trained(optimizer):
         rule = optimizer.rule_of(param, group)
+        if not rule.needs_gradient:
+            continue
         largest = max(largest, _largest_piece(param, at) if mode == "fused" else grad_nbytes_of(param))
         adds_to_state = not at.clips and accumulates(optimizer, param, group)
         if mode == "project" and rule.is_projected:

@@ -25,6 +25,7 @@ from lowmem.errors import RefusedError
 from lowmem.numerics.held_weights import grad_of, held_tensors, held_weight, numel_of
 from lowmem.optim.engine import LowMemOptimizer
 from lowmem.run.norms import clip_each_, clip_to_, norm_of
+from lowmem.run.resting import Resting
 from lowmem.run.same_weights import refuse_different_weights
 from lowmem.run.second_backward import second_backward
 
@@ -81,12 +82,15 @@ class Execution:
         """Parameters with gradients in this step that were not finite and not used, as far as hooks have seen."""
         self._full_squares: Tensor | None = None
         self._processes = _world_size()
+        self._resting = Resting(optimizer, (), self.group_of)
+        self._reduced_at_boundary: set[Tensor] = set()
 
     # ---------------------------------------------------------------- what a Trainer calls
 
     def attach(self, model: nn.Module) -> None:
         """Hook the trained parameters; before the model is wrapped for data parallel training."""
         trained = [param for param in self._groups if param.requires_grad]
+        self._resting = Resting(self.optimizer, trained, self.group_of)
         mine = [param for param in trained if self.handles(param)]
         if self._processes > 1:
             mine = self._leave_reducer(model, trained, mine)
@@ -106,9 +110,13 @@ class Execution:
                 "Train its norms too."
             )
         leaving = set(mine) if self.frees_gradients else set()
+        self._reduced_at_boundary = set(self._resting.params) - leaving
+        leaving |= self._reduced_at_boundary
         if leaving.issuperset(ordinary):
             leaving.remove(smallest := min(ordinary, key=numel_of))
             mine = [param for param in mine if param is not smallest]
+            self._reduced_at_boundary.discard(smallest)
+            self._resting.leave_to(smallest)
         held = held_tensors(model)
         refuse_different_weights(held)
         ours = {
@@ -125,12 +133,14 @@ class Execution:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._resting.end_step()
 
     def begin_micro_batch(self, *, is_first: bool, is_last: bool) -> None:
         self._is_first, self._is_last = is_first, is_last
         self._drops = False
         self._arrived.clear()
         if is_first:
+            self._resting.begin_step()
             self.not_finite = {}
             self._full_squares = None
             self._is_boundary_only = is_last
@@ -153,6 +163,8 @@ class Execution:
     @torch.no_grad()
     def finish_backward(self) -> Norms:
         """Reduce over processes, clip, and give the norms; to be called once, before `optimizer.step()`."""
+        self._resting.end_step()
+        self._resting.drop_gradient_()
         self._reduce_projected()
         self._reduce_held()
         full = self._full_norm()
@@ -253,9 +265,9 @@ class Execution:
             self._reduce(projected)
 
     def _reduce_held(self) -> None:
-        """No reducer knows of the gradients beside parameters."""
+        """No reducer knows of the gradients beside parameters, and none may wait for those that rest."""
         for param in self._groups:
-            if held_weight(param) is not None:
+            if held_weight(param) is not None or param in self._reduced_at_boundary:
                 self._reduce(grad_of(param))
 
     def _reduce(self, tensor: Tensor | None) -> None:

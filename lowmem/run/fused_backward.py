@@ -63,6 +63,8 @@ class FusedBackward(Execution):
 
     def finish_backward(self) -> Norms:
         """What is left: gradients that the reducer of data parallel training has kept, sums that saw no last one."""
+        self._resting.end_step()
+        self._resting.drop_gradient_()
         for param in self._groups:
             if grad_of(param) is not None:
                 self._clip_one(param)

@@ -136,6 +136,10 @@ VARIATIONS = {
         "optimizer={name: frugal, lr: 1.0e-3, projection: block, density: 0.4, refresh_every: 2}",
         "model.dtype=bfloat16", *SHORT,
     ],
+    "one layer at a time": [
+        "optimizer={name: block_adam, lr: 1.0e-3, order: ascending, refresh_every: 1}", "model.dtype=bfloat16",
+        "train.activation_checkpointing=true",
+    ],
     "AdamW in eight bits": [
         "optimizer={name: adamw, lr: 1.0e-3, storage: {moment: int8, variance: int8}}", "model.dtype=bfloat16", *SHORT,
     ],
@@ -330,3 +334,28 @@ def test_a_run_whose_simulation_fails_is_done_and_says_so(tmp_path, model_folder
     found = json.loads((tmp_path / "run" / "memory.json").read_text())
     assert found["planned"] is None
     assert "this model cannot be simulated" in found["not_measured"]["planned"]
+
+
+# ------------------------------------------------------------------ state in turn
+
+
+@pytest.mark.parametrize("order", ["ascending", "shuffled"])
+def test_the_plan_of_layers_in_turn_is_that_of_the_fullest_of_their_turns(order, tmp_path):
+    recipe = recipe_of(
+        f"optimizer={{name: block_adam, lr: 1.0e-3, order: {order}}}", "model.dtype=bfloat16", *LONG
+    )
+    steps = steps_of(recipe)
+    planned = simulate_run(recipe, steps, on_cuda=False, refresh=True)
+
+    def in_turn(number):
+        def make(model):
+            optimizer = make_optimizer(model, recipe)
+            for group in optimizer.param_groups:
+                group["steps"] = number * group["refresh_every"]
+            return optimizer
+
+        return make
+
+    peaks = [measured(recipe, steps, tmp_path / str(turn), in_turn(turn)).peak_bytes for turn in range(6)]
+    assert planned.measured.peak_bytes == max(peaks)
+    assert min(peaks) < 0.95 * max(peaks)

@@ -121,6 +121,26 @@ def test_a_model_is_divided_between_optimizer_and_fallback_as_build_optimizer_do
     assert found == declared
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{}, {"active": 2}, {"others": "frozen"}, {"active": 9, "others": "frozen"}], ids=str
+)
+def test_where_layers_take_turns_the_formula_is_that_of_the_fullest_turn(settings, tied):
+    model, parameters = model_and_parameters(tie_word_embeddings=tied, num_hidden_layers=3)
+    recipe = OptimizerRecipe(name="block_adam", target=["mlp", "attn"], settings={"lr": 1e-3, **settings})
+    foreseen = sum(
+        state_bytes(each.algorithm, each.settings, each.parameter.shape, 2)
+        for each in treatments(recipe, parameters)
+    )
+    optimizer = build_optimizer(model, "block_adam", lr=1e-3, refresh_every=1, **settings)
+    turns = []
+    for number in range(60):
+        for group in optimizer.param_groups:
+            group["steps"] = number
+        turns.append(optimizer.state_bytes())
+    assert max(turns) == foreseen
+
+
 def test_where_matrices_take_turns_the_formula_is_that_of_the_fullest_turn():
     config = AutoConfig.for_model("llama", **SMALL_LLAMA)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -66,6 +66,8 @@ SETTINGS: dict[str, list[dict]] = {
         {"refresh_every": 5, "projection": "block", "density": 0.4, "weight_decay": 0.1},
         {"refresh_every": 4, "projection": "subspace", "density": 0.4, "residual": "sgd"},
     ],
+    # All at once, so that every weight moves at every step.
+    "block_adam": [{"refresh_every": 5, "active": 8, "weight_decay": 0.1}],
 }
 
 TWIN_SETTINGS: dict[str, list[dict]] = {
@@ -86,6 +88,12 @@ TWIN_SETTINGS: dict[str, list[dict]] = {
         {"inner": "sign"},
         {"density": 0.0},
         {"density": 1.0},
+    ],
+    "block_adam": [
+        {"refresh_every": 3, "weight_decay": 0.1},
+        {"refresh_every": 2, "active": 3},
+        {"refresh_every": 2, "active": 3, "order": "descending"},
+        {"refresh_every": 1, "order": "mirror", "betas": (0.8, 0.95)},
     ],
 }
 """More settings that are held against the plain reference, beside those of the whole battery."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowmem.optim import FRUGAL
-from lowmem.optim.fullest_turn import pretend_fullest_turn_
+from lowmem.optim import FRUGAL, BlockAdam
+from lowmem.optim.fullest_turn import fullest_turns, pretend_turn_
 
 ORDERS = ["random", "ascending", "descending", "mirror"]
 WIDTHS = [3, 9, 1, 7, 2, 9, 4]
@@ -38,19 +38,19 @@ def test_its_step_holds_as_much_as_the_fullest_of_a_long_run(order, gap):
         most = max(most, optimizer.state_bytes())
         step(optimizer, params)
     pretended, _ = stepped_once(order, gap)
-    assert pretend_fullest_turn_(pretended)
+    turns = fullest_turns(pretended)
+    assert len(turns) == 1, "every parameter has a gradient in every turn"
+    pretend_turn_(pretended, turns[0])
     assert pretended.state_bytes() == most
     assert bytes_held(pretended) == (most if gap > 1 else 0)
     step(pretended, [param for group in pretended.param_groups for param in group["params"]])
 
 
-def test_nothing_is_pretended_where_nobody_takes_turns():
+def test_there_is_none_where_nobody_takes_turns():
     params = [torch.nn.Parameter(torch.zeros(5, 7))]
     optimizer = FRUGAL(params, lr=1e-3)
     step(optimizer, params)
-    before = {name: value.clone() for name, value in optimizer.state[params[0]].items()}
-    assert not pretend_fullest_turn_(optimizer)
-    assert all(torch.equal(before[name], value) for name, value in optimizer.state[params[0]].items())
+    assert fullest_turns(optimizer) == []
 
 
 def test_a_frozen_parameter_fills_no_turn():
@@ -58,5 +58,18 @@ def test_a_frozen_parameter_fills_no_turn():
     params[2].requires_grad_(False)
     optimizer = FRUGAL(params, lr=1e-3, projection="block", order="ascending", refresh_every=2)
     step(optimizer, params[:2])
-    pretend_fullest_turn_(optimizer)
+    pretend_turn_(optimizer, fullest_turns(optimizer)[0])
     assert optimizer.state_bytes() == bytes_held(optimizer) == 2 * 4 * 15 + 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("widths", "expected"),
+    [((3, 8, 8, 9), [3, 1]), ((9, 8, 8, 9), [0]), ((3, 8, 1000, 1000), [2, 1]), ((2, 3, 1), [1, 0])],
+)
+def test_with_gradients_of_the_active_block_alone_a_longer_way_back_counts_too(widths, expected):
+    """Ascending blocks of a step each: number i has its turn in step i."""
+    params = [(f"layers.{i}.weight", torch.nn.Parameter(torch.zeros(5, n))) for i, n in enumerate(widths)]
+    optimizer = BlockAdam(params, refresh_every=1, order="ascending")
+    found = fullest_turns(optimizer)
+    assert found[0] == expected[0]
+    assert found[1:] == expected[1:2]

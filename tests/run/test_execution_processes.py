@@ -28,8 +28,8 @@ COMBINATIONS = [
         ("sgd", {"momentum": 0.9}),
         ("adafactor", {}),
         ("sinkgd", {}),
-        ("frugal", {"refresh_every": 4, "residual": "sgd"}),
         ("frugal", {"refresh_every": 4, "residual": "sgd", "projection": "block"}),
+        ("block_adam", {"refresh_every": 2, "order": "ascending"}),
     )
     for mode in ("plain", "project", "fused")
     for micro_batches in (1, 3)
