@@ -88,6 +88,12 @@ to the whole gradient of the step (`refresh_from: boundary`), for which `project
 whose turn it is until the last micro-batch, or to that of the first micro-batch (`first_micro_batch`). An
 optimizer that needs the whole gradient beside its projection, as Fira does, fits every basis to that.
 
+**State in turn.** With `block_adam` the weights of all layers but the active one rest. From a step's first micro-batch
+to its last they do not require gradients, so none are made and backward ends at the active layer; between steps they
+do, as whoever counts or wraps the model expects. A turn is some whole steps, whatever `execution` is, and goes on after
+a resume. Under data parallel training these parameters leave the reducer, which would wait for them, and are averaged
+by the same code in all processes.
+
 **Not finite.** `plain` and `project` leave out the whole step. `fused` leaves out the gradients concerned, or all of the
 micro-batch when its loss is not finite, before they touch a weight or a momentum; what the step's other micro-batches
 gave is used. Each such step is counted and said with the name of a parameter; more than 20 in a row stop the run.
