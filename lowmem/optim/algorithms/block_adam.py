@@ -100,6 +100,8 @@ class BlockAdam(LowMemOptimizer):
                 "block_adam: others 'frozen' would leave all weights as they are, since no parameter's name has a "
                 "layer's number. Give named parameters, as build_optimizer does, or set others to 'turns'."
             )
+        if sum(len(group["params"]) for group in own) == 1:
+            return
         log.warning(
             "block_adam: no parameter's name has a layer's number, so each tensor has its own turn. "
             "Give model.named_parameters() for one layer a turn."
