@@ -171,7 +171,8 @@ def test_a_small_llama_learns_one_batch(name):
     torch.manual_seed(0)
     model = llama(tie_word_embeddings=True)
     lr = {"sgd": 0.5, "sgd_sai": 5e-3}.get(name, 1e-2)
-    settings = {"galore": {"rank": 4}, "sgd": {"momentum": 0.9}}.get(name, {})
+    of_each = {"galore": {"rank": 4}, "sgd": {"momentum": 0.9}, "block_adam": {"refresh_every": 5}}
+    settings = of_each.get(name, {})
     optimizer = build_optimizer(model, name, lr=lr, **settings)
     batch = torch.randint(0, 50, (4, 16))
     losses = []
