@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from lowmem.optim.registry import OPTIMIZERS
 from lowmem.run.layouts.attach import attach_to_fsdp2
+from lowmem.run.layouts.saved_pieces import load_pieces_, saved_pieces
 from tests.optim.cases import CASES, case_id
 from tests.run.test_execution import batches, net, optimizer_for
 
@@ -24,7 +25,10 @@ WORLD = 2
 STEPS = 8
 OF_EACH = {name: [case for case in CASES if case[0] == name][:2] for name in OPTIMIZERS}
 CHOSEN = [case for cases in OF_EACH.values() for case in cases]
-TURNS = [case for case in CASES if case[1].get("projection") == "block"]
+TURNS = [
+    *(case for case in CASES if case[1].get("projection") == "block"),
+    ("block_adam", {"refresh_every": 3, "lr": 1e-2}),
+]
 """Whose state is another at each turn."""
 MATRICES = 6 * 24 * 48
 """Values of the linear layers of `net`."""
@@ -44,7 +48,29 @@ def train(model, optimizer, data) -> list[torch.Tensor]:
     return [whole(param) for param in model.parameters()]
 
 
-def trained_in_rows(case, rank: int, data) -> tuple[list[torch.Tensor], dict]:
+def trained_in_rows(case, rank: int, data, stop: int = STEPS) -> tuple[list[torch.Tensor], dict]:
+    """All steps of `data`; those after the first `stop` by another optimizer that has loaded what this one saved."""
+    model, optimizer, steps, whole_bytes = in_rows(case)
+    data = [[ids[rank::WORLD] for ids in step] for step in data]
+    weights = train(model, optimizer, data[:stop])
+    if stop < len(data):
+        saved, trained = saved_pieces(steps.pieces), model
+        model, optimizer, steps, _ = in_rows(case)
+        for new, old in zip(model.parameters(), trained.parameters(), strict=True):
+            new.data.copy_(old.data)
+        load_pieces_(steps.pieces, saved)
+        weights = train(model, optimizer, data[stop:])
+    pieces = steps.pieces
+    held = sum(tensor.nbytes for state in pieces.state.values() for tensor in state.values())
+    return weights, {
+        "held": held,
+        "whole": whole_bytes,
+        "sent": pieces.sent,
+        "declared": pieces.state_bytes(),
+    }
+
+
+def in_rows(case):
     model = net()
     optimizer = optimizer_for(case, model)
     whole_bytes = optimizer.state_bytes()
@@ -58,16 +84,7 @@ def trained_in_rows(case, rank: int, data) -> tuple[list[torch.Tensor], dict]:
     assert by_name.keys() == sharded.keys()
     for group, own in zip(optimizer.param_groups, names, strict=True):
         group["params"] = [sharded[name] for name in own]
-    steps = attach_to_fsdp2(optimizer, model)
-    weights = train(model, optimizer, [[ids[rank::WORLD] for ids in step] for step in data])
-    pieces = steps.pieces
-    held = sum(tensor.nbytes for state in pieces.state.values() for tensor in state.values())
-    return weights, {
-        "held": held,
-        "whole": whole_bytes,
-        "sent": pieces.sent,
-        "declared": pieces.state_bytes(),
-    }
+    return model, optimizer, attach_to_fsdp2(optimizer, model), whole_bytes
 
 
 def work(rank: int, port: int, out: str) -> None:
@@ -76,6 +93,7 @@ def work(rank: int, port: int, out: str) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     try:
         found = {str(case): trained_in_rows(case, rank, batches(STEPS, 1)) for case in [*CHOSEN, *TURNS]}
+        found |= {f"{case} resumed": trained_in_rows(case, rank, batches(STEPS, 1), stop=4) for case in TURNS}
         Path(out, f"{rank}.pickle").write_bytes(pickle.dumps(found))
     finally:
         dist.destroy_process_group()
@@ -111,6 +129,13 @@ def test_state_is_divided_over_the_processes_and_counted_before_it_is_made(ranks
     assert [each["held"] for each in found] == [each["declared"] for each in found]
     assert sum(each["held"] for each in found) <= found[0]["whole"] + 4 * parameters + 4 * parameters
     assert max(each["held"] for each in found) <= 0.62 * found[0]["whole"] + 4 * parameters
+
+
+@pytest.mark.parametrize("case", TURNS, ids=case_id)
+def test_a_turn_goes_on_from_saved_pieces_with_the_same_bits(ranks, case):
+    for found in ranks:
+        whole, resumed = found[str(case)][0], found[f"{case} resumed"][0]
+        assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
 
 
 @pytest.mark.parametrize("case", TURNS, ids=case_id)

@@ -111,6 +111,10 @@ class PieceOptimizer(LowMemOptimizer):
     @torch.no_grad()
     def step_for(self, outer: LowMemOptimizer) -> None:
         """A step of the tensors that the outer optimizer's groups hold now, with the settings that they have now."""
+        for own, settings in zip(self.param_groups, outer.param_groups, strict=True):
+            settings.update(
+                {STEPS: own[STEPS]} if STEPS in own else {}
+            )  # after a load they are known here alone
         for settings in outer.param_groups:
             params = [param for given in settings["params"] for param in self._stands_for[id(given)]]
             params = self._with_gradients(params)
