@@ -37,8 +37,9 @@ class BlockAdam(LowMemOptimizer):
     equally often; `ascending`, `descending` and `mirror` (up and down) keep one.
 
     Whoever runs the steps stops the gradients: a recipe, `LowMemTrainerMixin` or `lowmem.run.execution`, in plain and
-    in fused, over micro-batches, under data parallel training and after a resume. Used by itself the class makes the
-    same updates; the gradients of resting blocks are then made for nothing, and counted in a norm to clip by. Under FSDP2 and ZeRO, too.
+    in fused, over micro-batches, under data parallel training and after a resume. Used by itself, and under FSDP2 and
+    ZeRO, the class makes the same updates; the gradients of resting blocks are then made for nothing, and a norm to
+    clip by counts them.
 
     Source: Luo, Yu and Li, "BAdam: A Memory Efficient Full Parameter Optimization Method for Large Language Models",
     arXiv:2404.02827, algorithm 1. Differs from the authors' code: embedding and head have their turns, where they are
