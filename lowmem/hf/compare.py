@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -20,9 +19,9 @@ from lowmem.errors import RecipeError, RefusedError
 from lowmem.hf.baseline import single_process_environment
 from lowmem.hf.compared_batches import Say, checksum, num_tokens, save_work
 from lowmem.hf.compared_run import timed_steps
+from lowmem.hf.launch import launched_strategy
 from lowmem.hf.metering import steps_to_watch
 from lowmem.hf.recorded_batches import BatchRecorder
-from lowmem.hf.training_arguments import refuse_sharded_launch
 from lowmem.memory.comparison import Method, comparison_document
 from lowmem.recipe.dump import dump_recipe
 
@@ -80,12 +79,11 @@ def compare(name: str, methods: Sequence[Method], *, steps: int, say: Say) -> Co
 
 def refuse_several_processes() -> None:
     """Raise RefusedError in a launch of several processes, or one that shards the model."""
-    refuse_sharded_launch()
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched > 1:
+    launched = launched_strategy()
+    if launched != "single":
         raise RefusedError(
-            f"The launcher started {launched} processes, and lowmem compare measures one process on one device: what "
-            "data parallelism adds is the same for every optimizer. Run lowmem compare without a launcher."
+            f"{launched} was launched, and lowmem compare measures one process on one device: what data parallelism adds "
+            "is the same for every optimizer. Run lowmem compare without a launcher."
         )
 
 

@@ -8,17 +8,9 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from lowmem.errors import RefusedError
-from lowmem.hf.launch import SHARDED, Strategy, launched_strategy, rehearses, strategy_for
+from lowmem.hf.launch import SHARDED, Strategy, rehearses, strategy_for
 from lowmem.recipe.schema import Recipe
 from lowmem.run.rehearsal import rehearse_on_cpu
-
-
-def refuse_sharded_launch() -> None:
-    """Raise RefusedError when `accelerate launch` was told to shard the model."""
-    if (launched := launched_strategy()) in SHARDED:
-        raise RefusedError(
-            f"this is not for a model that is divided over processes, and {launched} was launched."
-        )
 
 
 def training_arguments(recipe: Recipe, output_dir: Path, *, use_cpu: bool | None = None) -> TrainingArguments:

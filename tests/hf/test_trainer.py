@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -15,6 +16,7 @@ from lowmem.data.example import Example
 from lowmem.errors import RefusedError
 from lowmem.hf.callbacks import MeterBorders
 from lowmem.hf.chunked_loss import use_chunked_loss
+from lowmem.hf.compare import refuse_several_processes
 from lowmem.hf.metering import StepWatch, steps_to_watch
 from lowmem.hf.trainer import LowMemTrainer
 from lowmem.hf.training_arguments import training_arguments
@@ -262,11 +264,23 @@ def test_the_first_two_steps_and_a_later_one_are_watched(first, last, steps):
     assert steps_to_watch(first, last) == steps
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_a_sharded_launch_is_refused(tmp_path, model_folder, monkeypatch, variable):
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(RefusedError, match="whole matrices"):
+def test_deepspeed_that_is_not_there_is_answered_with_the_command_that_installs_it(
+    tmp_path, model_folder, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(RefusedError, match=r"zero2 needs DeepSpeed.*pip install 'lowmem\[deepspeed\]'"):
         training_arguments(tiny_recipe(tmp_path, model_folder), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "variables", [{"FSDP_VERSION": "2", "ACCELERATE_USE_FSDP": "true"}, {"WORLD_SIZE": "2"}]
+)
+def test_a_comparison_is_refused_under_a_launcher(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RefusedError, match="Run lowmem compare without a launcher"):
+        refuse_several_processes()
 
 
 def test_the_launcher_cannot_switch_mixed_precision_on(tmp_path, model_folder, monkeypatch):
