@@ -82,8 +82,8 @@ def refuse_several_processes() -> None:
     launched = launched_strategy()
     if launched != "single":
         raise RefusedError(
-            f"{launched} was launched, and lowmem compare measures one process on one device: what data parallelism adds "
-            "is the same for every optimizer. Run lowmem compare without a launcher."
+            f"{launched} was launched, and lowmem compare measures one process on one device: what data parallelism "
+            "adds is the same for every optimizer. Run lowmem compare without a launcher."
         )
 
 
