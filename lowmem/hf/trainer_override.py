@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lowmem.errors import RefusedError
+from lowmem.hf.launch import SHARDED, launched_strategy
 from lowmem.numerics.held_weights import held_weight
 from lowmem.optim import LowMemOptimizer, build_optimizer
 from lowmem.optim.registry import optimizer_class
@@ -85,6 +86,11 @@ class _Build:
         return self
 
     def __call__(self, model: nn.Module, *, check_only: bool = False) -> LowMemOptimizer:
+        if not check_only and not _has_mixin.get() and (launched := launched_strategy()) in SHARDED:
+            raise RefusedError(
+                f"{launched} was launched, which gives an optimizer pieces of matrices, and a Trainer alone does not "
+                f"put them together. {MIXIN}."
+            )
         if any(held_weight(param) is not None for param in model.parameters()) and not _has_mixin.get():
             _refuse_what_a_bare_trainer_cannot_do(self.args)
         settings = {

@@ -55,6 +55,15 @@ def drop_settings_of_others_(owner: type[LowMemOptimizer], filled: dict[str, Any
         del filled[name]
 
 
+def refuse_sharded(param: Tensor) -> None:
+    """Raises ValueError for a DTensor: a rule would take this process' rows for the matrix."""
+    if hasattr(param, "device_mesh"):
+        raise ValueError(
+            "a parameter is divided over processes. Call lowmem.run.layouts.attach.attach_to_fsdp2(optimizer, model) "
+            "once, so that matrices are put together, or train by recipe."
+        )
+
+
 def check_params(owner: type[LowMemOptimizer], params: Iterable[Tensor], group: dict[str, Any]) -> None:
     """Raises ValueError for a parameter that cannot be trained; logs what a user should know, once a kind."""
     params = list(params)

@@ -21,6 +21,9 @@ def of(optimizer: str, grid: tuple[float, ...], *settings: str, name: str | None
     return Method(name or optimizer, grid, (f"optimizer.name={optimizer}", *settings))
 
 
+QUARTER = ("optimizer.rank=16", "optimizer.refresh_every=20")
+STATELESS_REST = "optimizer.fallback={name: adamw}"
+
 LOW_RANK = (f"optimizer.rank={RANK}", "optimizer.refresh_every=20", "optimizer.on_refresh=rotate")
 INT8 = "model.weights=int8"
 METHODS = (
@@ -35,8 +38,20 @@ METHODS = (
         "optimizer.rounding=nearest",
         name="q_galore int8, to nearest",
     ),
-    of("sinkgd", ADAMW_GRID, "optimizer.fallback={name: adamw}"),
-    of("sinkgd", ADAMW_GRID, "optimizer.fallback={name: adamw}", INT8, name="sinkgd int8"),
+    of("galore", ADAMW_GRID, *QUARTER, "optimizer.on_refresh=rotate", name="galore, rank 1/4"),
+    of("fira", ADAMW_GRID, *QUARTER, name="fira, rank 1/4"),
+    of("apollo", ADAMW_GRID, *QUARTER, name="apollo, rank 1/4"),
+    of(
+        "frugal",
+        ADAMW_GRID,
+        "optimizer.density=0.25",
+        "optimizer.refresh_every=20",
+        name="frugal, 1/4 of columns",
+    ),
+    of("dct_adamw", ADAMW_GRID, "optimizer.rank=16", name="dct_adamw, rank 1/4"),
+    of("swan", ADAMW_GRID, STATELESS_REST),
+    of("sinkgd", ADAMW_GRID, STATELESS_REST),
+    of("sinkgd", ADAMW_GRID, STATELESS_REST, INT8, name="sinkgd int8"),
     of("adafactor", ADAMW_GRID),
     of("adafactor", ADAMW_GRID, INT8, name="adafactor int8"),
 )

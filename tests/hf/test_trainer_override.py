@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import lowmem
+from lowmem.errors import RefusedError
 from lowmem.optim.registry import OPTIMIZERS, optimizer_class
 
 LR = {"sgd": 1.0}
@@ -145,3 +146,19 @@ def test_gradient_accumulation_equals_one_large_batch(tmp_path):
         models.append(model)
     for left, right in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    ],
+)
+def test_a_launch_that_divides_matrices_is_refused_without_the_mixin(monkeypatch, variables):
+    factory, _ = lowmem.hf.optimizer("galore", lr=1e-3, rank=4)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    model = torch.nn.ModuleDict({"mlp": torch.nn.Linear(8, 8)})
+    with pytest.raises(RefusedError, match="pieces of matrices.*LowMemTrainerMixin"):
+        factory()(model)

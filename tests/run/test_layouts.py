@@ -84,6 +84,8 @@ def in_rows(case):
     assert by_name.keys() == sharded.keys()
     for group, own in zip(optimizer.param_groups, names, strict=True):
         group["params"] = [sharded[name] for name in own]
+    with pytest.raises(ValueError, match="attach_to_fsdp2"):
+        optimizer.step()
     return model, optimizer, attach_to_fsdp2(optimizer, model), whole_bytes
 
 
