@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+
 import pytest
 import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from lowmem.hf.make_optimizer import make_optimizer
+from lowmem.memory.architecture import Architecture
+from lowmem.memory.state_formulas import state_bytes, treatments
 from lowmem.numerics.seeding import seeded_choice
 from lowmem.optim import FRUGAL, AdamW, build_optimizer
+from lowmem.recipe.load import load_recipe
 from tests.optim.device_calls import WAITS, Calls
 from tests.optim.live_bytes import PeakOfNewBytes
 
 MIB = 1 << 20
+SMALL_LLAMA = {
+    "vocab_size": 160,
+    "hidden_size": 96,
+    "intermediate_size": 208,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
 each_side = pytest.mark.parametrize("projection", ["columns", "rows"])
 
 
@@ -94,6 +111,41 @@ def test_a_part_of_a_model_may_have_another_density():
     assert set(optimizer.state[model["attn"].weight]) == {"chosen", "exp_avg", "exp_avg_sq", "step"}
     assert set(optimizer.state[model["mlp"].weight]) == {"step"}
     assert set(optimizer.state[model["norm"].weight]) == {"exp_avg", "exp_avg_sq", "step"}
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_recipes_in_its_documentation_give_state_to_what_they_say(number):
+    """Read from the docstring, built as a recipe builds it, and foreseen by the memory formulas."""
+    lines = inspect.getdoc(FRUGAL).split("optimizer: ")[1:]
+    settings = yaml.safe_load(lines[number].split("\n\n")[0])
+    recipe = load_recipe("quickstart", [f"optimizer={json.dumps(settings)}"])
+    config = AutoConfig.for_model("llama", **SMALL_LLAMA)
+    model = AutoModelForCausalLM.from_config(config)
+    optimizer = make_optimizer(model, recipe)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    kinds: dict[str, set[frozenset[str]]] = {}
+    for name, param in model.named_parameters():
+        kind = name.split(".")[-2]
+        kinds.setdefault(kind, set()).add(frozenset(optimizer.state[param]) - {"step"})
+    adam, none = {frozenset({"exp_avg", "exp_avg_sq"})}, {frozenset()}
+    split = {frozenset({"chosen", "exp_avg", "exp_avg_sq"})}
+    assert kinds["norm"] == kinds["lm_head"] == kinds["input_layernorm"] == adam
+    if number == 0:
+        assert kinds["embed_tokens"] == adam
+        assert (
+            set().union(*(kinds[f"{each}_proj"] for each in ("q", "k", "v", "o", "up", "down")))
+            == adam | none
+        )
+    else:
+        assert kinds["q_proj"] == kinds["v_proj"] == split
+        assert kinds["k_proj"] == kinds["o_proj"] == kinds["up_proj"] == kinds["embed_tokens"] == none
+    foreseen = treatments(recipe.optimizer, Architecture.from_config(config.to_dict()).parameters)
+    sizes = [state_bytes(each.algorithm, each.settings, each.parameter.shape, 4) for each in foreseen]
+    assert sum(sizes) >= optimizer.state_bytes()
+    if number == 1:
+        assert sum(sizes) == optimizer.state_bytes()
 
 
 # ------------------------------------------------------------------ when it changes

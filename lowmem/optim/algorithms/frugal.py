@@ -53,6 +53,15 @@ class FRUGAL(LowMemOptimizer):
     output head should keep state: `build_optimizer` gives them the `fallback`. A group of its own can have another
     density, and fallback: {name: frugal, density: 0} is one without state. 3-D parameters are batches of matrices.
 
+    Which layers are split, keep state or have none, as the authors pre-train and fine-tune, in a recipe:
+
+        optimizer: {name: frugal, lr: 1.0e-3, projection: block, order: descending, density: 0.25, residual_scale: 1.0}
+        optimizer: {name: frugal, lr: 5.0e-5, target: [q_proj, v_proj], density: 0.0104, refresh_every: 500,
+                    fallback: {name: frugal, density: 0.0}, head: {name: adamw}}
+
+    The second one splits queries and values (0.0104 is rank 8 of 768) and leaves all other linear layers, and here the
+    embedding, without state; norms and head keep Adam's.
+
     Source: Zmushko et al., "FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for Scalable
     Training", arXiv:2411.07837, algorithm 1. Differs from the authors' code: columns depend on seed, name and step,
     so that a resumed run and every process have the same; k is rounded and at least 1, where it is cut off; turns of
