@@ -20,7 +20,7 @@ from lowmem.numerics.row_gradients import gradient_of
 from lowmem.optim import registry
 from lowmem.optim.micro_batches import accumulation_of
 from lowmem.optim.optimizer_state import OptimizerState
-from lowmem.optim.param_groups import check_params, drop_settings_of_others_, filled_group
+from lowmem.optim.param_groups import check_params, drop_settings_of_others_, filled_group, refuse_sharded
 from lowmem.optim.rule import Context, Rule, Shape
 from lowmem.optim.storage import WHOLE, LoadedState, accumulator_dtype
 from lowmem.optim.torch_kernels import step_with_torch_
@@ -126,6 +126,7 @@ class LowMemOptimizer(OptimizerState):
             return loss
         for group in self.param_groups:
             for param in group["params"]:
+                refuse_sharded(param)
                 self.step_param(param, group)
         self._drop_held_gradients()
         for group in self.param_groups:
