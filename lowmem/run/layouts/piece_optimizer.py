@@ -48,6 +48,11 @@ class PieceOptimizer(LowMemOptimizer):
         self._idle: dict[Tensor, Tensor] = {}
         self.sent = 0
         """Values that this process has sent so far."""
+        self._number_of = {
+            id(tensor): number for number, tensors in enumerate(tensors_of_groups) for tensor in tensors
+        }
+        self._waiting = [{id(tensor) for tensor in tensors} for tensors in tensors_of_groups]
+        """Of each group, what has not been stepped yet in the step under way."""
         pairs = zip(settings_of_groups, tensors_of_groups, strict=True)
         super().__init__([self._mirrored(settings, tensors) for settings, tensors in pairs], {})
         self._give_owners()
@@ -110,21 +115,31 @@ class PieceOptimizer(LowMemOptimizer):
 
     @torch.no_grad()
     def step_for(self, outer: LowMemOptimizer) -> None:
-        """A step of the tensors that the outer optimizer's groups hold now, with the settings that they have now."""
-        for own, settings in zip(self.param_groups, outer.param_groups, strict=True):
+        """A step of the tensors that the outer optimizer's groups hold now, with the settings that they have now.
+
+        DeepSpeed shows a group, or a part of one, at a time: a group's step is counted when all of it had its turn.
+        """
+        for settings in outer.param_groups:
+            if not settings["params"]:
+                continue
+            number = self._number_of[id(settings["params"][0])]
+            own = self.param_groups[number]
             settings.update(
                 {STEPS: own[STEPS]} if STEPS in own else {}
             )  # after a load they are known here alone
-        for settings in outer.param_groups:
             params = [param for given in settings["params"] for param in self._stands_for[id(given)]]
-            params = self._with_gradients(params)
-            whole = [param for param in params if param in self._owner]
-            self._step_pieces([param for param in params if param not in self._owner], settings)
-            for batch in batches_of([self._pieces[param] for param in whole]):
-                self._step_whole(whole[batch], settings)
-        for own, settings in zip(self.param_groups, outer.param_groups, strict=True):
-            self._count_step_of_turn(settings, own["params"])
-            own.update({STEPS: settings[STEPS]} if STEPS in settings else {})
+            self._step_those(self._with_gradients(params), settings)
+            self._waiting[number] -= {id(given) for given in settings["params"]}
+            if not self._waiting[number]:
+                self._waiting[number] = {each for each, group in self._number_of.items() if group == number}
+                self._count_step_of_turn(settings, own["params"])
+                own.update({STEPS: settings[STEPS]} if STEPS in settings else {})
+
+    def _step_those(self, params: list[Tensor], settings: dict[str, Any]) -> None:
+        whole = [param for param in params if param in self._owner]
+        self._step_pieces([param for param in params if param not in self._owner], settings)
+        for batch in batches_of([self._pieces[param] for param in whole]):
+            self._step_whole(whole[batch], settings)
 
     def _with_gradients(self, params: list[Tensor]) -> list[Tensor]:
         """Those of which any process has a gradient; all processes must do the same with each of them."""
