@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from lowmem.errors import FaultError
+from lowmem.errors import FaultError, RefusedError
 
 
 def publish_folder(unfinished: Path, final: Path) -> None:
@@ -90,8 +90,8 @@ def checkpoint_faults_explained(checkpoint: Path) -> Iterator[None]:
     """Turn what a damaged checkpoint makes the libraries raise into a FaultError that names it."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
+    except (RefusedError, torch.OutOfMemoryError):
+        raise  # nothing is damaged
     # A file that was cut short or overwritten raises whatever its reader stumbles over.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lowmem.errors import RefusedError
 from lowmem.hf.atomic_folder import checkpoint_faults_explained
 from lowmem.hf.final_model import save_weights
 from lowmem.hf.trainer_checkpoints import CheckpointedTrainer
@@ -73,13 +74,21 @@ class ShardedTrainer(CheckpointedTrainer):
             torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
 
     def _load_state(self, checkpoint: str) -> None:
+        """Raises RefusedError for state that another launch has saved, which a Trainer would leave out silently."""
+        sharded = file_name(self.args.process_index, self.args.world_size)
+        expected = sharded if self._is_sharded else "optimizer.pt"
+        if not Path(checkpoint, expected).is_file():
+            raise RefusedError(
+                f"{checkpoint} has no {expected}: its optimizer state was saved by another number of processes or "
+                "another strategy. Continue with the launch that saved it, or start from its weights: "
+                f"model.name_or_path={checkpoint} with another save.dir."
+            )
         if not self._is_sharded:
             super()._load_state(checkpoint)
             return
         assert self.steps_in_pieces is not None
         assert self.lr_scheduler is not None
-        name = file_name(self.args.process_index, self.args.world_size)
-        saved = torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True)
+        saved = torch.load(Path(checkpoint, expected), map_location="cpu", weights_only=True)
         load_pieces_(self.steps_in_pieces.pieces, saved)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
         # Elsewhere the rates come back with the optimizer's groups, which here are a library's.

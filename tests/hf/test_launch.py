@@ -7,7 +7,9 @@ import json
 import pytest
 
 from lowmem.errors import RefusedError
+from lowmem.hf.flow import train
 from lowmem.hf.launch import launched_strategy, strategy_for
+from lowmem.run.checkpoint import seal
 from tests.hf.tiny_runs import tiny_recipe, write_model
 
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true"}
@@ -83,3 +85,13 @@ def test_what_pieces_cannot_do_is_refused_with_what_can(environment, tmp_path, o
     recipe = tiny_recipe(tmp_path, write_model(tmp_path / "model"), *overrides)
     with pytest.raises(RefusedError, match=message):
         strategy_for(recipe)
+
+
+def test_state_that_another_number_of_processes_has_saved_is_refused_and_not_left_out(environment, tmp_path):
+    model = write_model(tmp_path / "model")
+    assert train(tiny_recipe(tmp_path, model, "train.max_steps=2", "save.every=1", "save.keep=1")) == 0
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    (checkpoint / "optimizer.pt").rename(checkpoint / "optimizer-0-of-2.pt")
+    seal(checkpoint, step=2)
+    with pytest.raises(RefusedError, match=r"no optimizer\.pt.*Continue with the launch that saved it"):
+        train(tiny_recipe(tmp_path, model, "train.max_steps=4", "save.every=1", "save.keep=1"))

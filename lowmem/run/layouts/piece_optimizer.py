@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lowmem.numerics.seeding import seeded_generator
 from lowmem.optim.engine import LowMemOptimizer
 from lowmem.optim.optimizer_state import STEPS
 from lowmem.optim.rule import Context, Rule
@@ -103,10 +102,10 @@ class PieceOptimizer(LowMemOptimizer):
         self, param: Tensor, group: dict[str, Any], ctx: Context, purpose: str
     ) -> torch.Generator | None:
         """Every piece has noise of its own."""
-        if group["rounding"] != "stochastic" or param in self._owner:
+        if param in self._owner:
             return super()._rounding(param, group, ctx, purpose)
         start = self._pieces[param].ranges[self.rank][0]
-        return seeded_generator(param.device, ctx.seed, ctx.name, ctx.step, purpose, start)
+        return super()._rounding(param, group, ctx, f"{purpose} from {start}")
 
     def _needs_whole(self, param: Tensor, group: dict[str, Any]) -> bool:
         return self.rule_of(param, group).scope == "matrix"
