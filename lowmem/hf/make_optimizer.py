@@ -26,7 +26,13 @@ def make_optimizer(
     settings = {"seed": recipe.train.seed, **chosen.settings}
     try:
         return build_optimizer(
-            model, chosen.name, target=chosen.target, fallback=chosen.fallback, head=chosen.head, **settings
+            model,
+            chosen.name,
+            target=chosen.target,
+            fallback=chosen.fallback,
+            head=chosen.head,
+            groups=chosen.groups,
+            **settings,
         )
     except ValueError as error:
         raise RecipeError(f"optimizer: {error}") from error

@@ -37,7 +37,7 @@ def optimizer(
 
     The Trainer hands the whole model to the factory, so matrices are picked by module and norms and
     biases are not decayed; schedulers, clipping and `resume_from_checkpoint` work as with AdamW.
-    `settings` are those of `lowmem.build_optimizer` (target, fallback, head, rank, ...).
+    `settings` are those of `lowmem.build_optimizer` (target, fallback, head, groups, rank, ...).
 
     Every value comes from this call, and then `lr` is required; with `args=training_args` the learning
     rate, betas, eps and weight decay that are not given here are taken from it.
@@ -94,7 +94,9 @@ class _Build:
         if any(held_weight(param) is not None for param in model.parameters()) and not _has_mixin.get():
             _refuse_what_a_bare_trainer_cannot_do(self.args)
         settings = {
-            key: value for key, value in self.settings.items() if not (check_only and key == "target")
+            key: value
+            for key, value in self.settings.items()
+            if not (check_only and key in ("target", "groups"))
         }
         return build_optimizer(model, self.name, lr=self.lr, **settings)
 

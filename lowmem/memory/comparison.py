@@ -48,7 +48,8 @@ class Method:
         known = optimizer_table()[chosen.name]["settings"]
         defaults = {name: entry["default"] for name, entry in known.items()}
         every = {**defaults, "seed": self.recipe.train.seed, **chosen.settings}
-        return {**every, "target": list(chosen.target), "fallback": chosen.fallback, "head": chosen.head}
+        others = {"fallback": chosen.fallback, "head": chosen.head, "groups": chosen.groups}
+        return {**every, "target": list(chosen.target), **others}
 
 
 def comparison_document(

@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lowmem.claims import claimed
 from lowmem.errors import RecipeError
 from lowmem.memory.architecture import Parameter, Shape
 from lowmem.memory.frugal_states import frugal_state
@@ -157,38 +158,58 @@ class Treatment:
 
 
 def treatments(optimizer: OptimizerRecipe, parameters: Sequence[Parameter]) -> list[Treatment]:
-    """Who updates what, as `build_optimizer` divides a model: first the optimizer itself, then the head's, then its
-    fallback.
+    """Who updates what, as `build_optimizer` divides a model: first the optimizer itself, then the head's, the groups',
+    then its fallback.
 
-    Raises RecipeError for a target that matches no linear layer.
+    Raises RecipeError for a target that matches no linear layer, and for groups as `claimed` does.
     """
     return _in_turn(_divided(optimizer, parameters))
 
 
 def _divided(optimizer: OptimizerRecipe, parameters: Sequence[Parameter]) -> list[Treatment]:
     settings = with_defaults(optimizer.name, optimizer.settings)
-    head_name, head = _settings_of_other(optimizer.head, optimizer.name, settings)
-    of_head = _head_of(parameters) if optimizer.head is not None else None
+    special = _of_head_and_groups(optimizer, parameters, settings)
+    taken = {each.parameter.name for each in special}
+    free = [each for each in parameters if each.name not in taken]
     if optimizer.name not in TREATS_MATRICES and optimizer.fallback is None:
-        own = [Treatment(each, optimizer.name, settings) for each in parameters if each is not of_head]
-        return own + ([Treatment(of_head, head_name, head)] if of_head is not None else [])
+        return [*(Treatment(each, optimizer.name, settings) for each in free), *special]
     for pattern in optimizer.target:
         if not any(each.is_linear and pattern in each.name for each in parameters):
             raise RecipeError(f"optimizer: target {pattern!r} matches no linear layer of the model.")
     rest_name, rest = _settings_of_other(optimizer.fallback, optimizer.name, settings)
-    found: list[list[Treatment]] = [[], [], []]
-    for each in parameters:
-        if each is of_head:
-            found[1].append(Treatment(each, head_name, head))
-        elif each.is_linear and any(pattern in each.name for pattern in optimizer.target):
-            found[0].append(Treatment(each, optimizer.name, settings))
+    mine: list[Treatment] = []
+    others: list[Treatment] = []
+    for each in free:
+        if each.is_linear and any(pattern in each.name for pattern in optimizer.target):
+            mine.append(Treatment(each, optimizer.name, settings))
         else:
-            found[2].append(Treatment(each, rest_name, rest))
-    return [each for members in found for each in members]
+            others.append(Treatment(each, rest_name, rest))
+    return [*mine, *special, *others]
+
+
+def _of_head_and_groups(
+    optimizer: OptimizerRecipe, parameters: Sequence[Parameter], settings: Settings
+) -> list[Treatment]:
+    of_head = None if optimizer.head is None else _head_of(parameters)
+    found: list[Treatment] = []
+    if of_head is not None:
+        found.append(Treatment(of_head, *_settings_of_other(optimizer.head, optimizer.name, settings)))
+    try:
+        named = [(each.name, each) for each in parameters]
+        patterns = [each["match"] for each in optimizer.groups]
+        members_of_groups = claimed(named, patterns, head=None if of_head is None else of_head.name)
+    except ValueError as error:
+        raise RecipeError(f"optimizer: {error}") from error
+    for group, members in zip(optimizer.groups, members_of_groups, strict=True):
+        other = {"name": optimizer.name, **group}
+        del other["match"]
+        treated_by = _settings_of_other(other, optimizer.name, settings)
+        found += [Treatment(each, *treated_by) for _, each in members]
+    return found
 
 
 def _settings_of_other(other: Settings | None, name: str, own: Settings) -> tuple[str, dict[str, Any]]:
-    """Name and settings of `fallback` or `head`: of the same algorithm it takes what it does not say from `own`."""
+    """Name and settings of `fallback`, `head` or a group, which take from `own` what they do not say."""
     chosen = dict(other or {"name": "adamw"})
     other_name = chosen.pop("name")
     inherited = own if other_name == name else {}

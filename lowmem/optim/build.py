@@ -23,6 +23,7 @@ def build_optimizer(
     target: Sequence[str] = DEFAULT_TARGET,
     fallback: dict[str, Any] | None = None,
     head: dict[str, Any] | None = None,
+    groups: Sequence[dict[str, Any]] = (),
     **settings: Any,
 ) -> LowMemOptimizer:
     """The optimizer called `name` over every trainable parameter of `model`.
@@ -30,12 +31,16 @@ def build_optimizer(
     A matrix algorithm (GaLore) treats the linear layers whose path contains one of `target`; all other
     parameters take `fallback`, {"name": ..., settings}, by default AdamW with the same lr and decay. An
     element-wise algorithm treats every parameter unless a `fallback` is given. The output head, and an embedding
-    tied to it, take `head` where that is given. Norms and biases are not decayed. A `fallback` or `head` of the same
-    algorithm takes from it what it does not say. `settings` are the algorithm's own; an unknown one is an error.
+    tied to it, take `head` where that is given. Each of `groups`, {"match": [patterns], settings}, takes the parameters
+    whose name contains one of its patterns, with `name` for another optimizer. Norms and biases are not decayed. A
+    `fallback`, `head` or group of the same algorithm takes from it what it does not say. `settings` are the algorithm's
+    own; an unknown one is an error.
 
         build_optimizer(model, "galore", lr=1e-4, rank=128, fallback={"name": "adamw", "lr": 5e-5})
+        build_optimizer(model, "frugal", lr=1e-4, groups=[{"match": ["v_proj", "down_proj"], "density": 0.0}])
 
-    Raises ValueError for an unknown name or setting, a value out of range, a target without a match.
+    Raises ValueError for an unknown name or setting, a value out of range, a target or pattern without a match, a
+    parameter that two groups claim.
     """
     owner = registry.optimizer_class(name)
     known = settings_of(owner)
@@ -51,9 +56,24 @@ def build_optimizer(
         target=tuple(target) if uses_target else None,
         fallback=_settings_of_other("fallback", fallback or {"name": "adamw"}),
         head=None if head is None else _settings_of_other("head", head),
+        others=[
+            _other_group(f"groups[{index}]", {"name": name, **each}) for index, each in enumerate(groups)
+        ],
     )
     make: Callable[..., LowMemOptimizer] = owner
     return make(groups, lr=lr, **settings)
+
+
+def _other_group(role: str, group: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Its patterns and its settings."""
+    match = group.pop("match", None)
+    patterns = [match] if isinstance(match, str) else match
+    is_list = isinstance(patterns, (list, tuple)) and all(isinstance(each, str) and each for each in patterns)
+    if not patterns or not is_list:
+        raise ValueError(
+            f"{role} needs match, parts of the names of its parameters, as in match=['v_proj']; found {match!r}"
+        )
+    return list(patterns), _settings_of_other(role, group)
 
 
 def _settings_of_other(role: str, other: dict[str, Any]) -> dict[str, Any]:

@@ -6,13 +6,13 @@ take the fallback: their gradients are sparse or one-dimensional, and a low-rank
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowmem.claims import claimed, near_words
 from lowmem.numerics.held_weights import held_weight, numel_of, shape_of
 
 
@@ -55,12 +55,14 @@ def model_groups(
     target: Sequence[str] | None,
     fallback: dict[str, Any] | None,
     head: dict[str, Any] | None = None,
+    others: Sequence[tuple[Sequence[str], dict[str, Any]]] = (),
 ) -> list[dict[str, Any]]:
     """Param groups for every trainable parameter of `model`, each in exactly one.
 
     `own` are the settings of the main optimizer's groups, `head` those of the output head where it has its own,
-    `fallback` those of the rest; with `target=None` there is no rest. Groups without parameters are left out.
-    Raises ValueError where `head` is given and the model has none.
+    `others` patterns in names and the settings of what they match, `fallback` the settings of the rest; with
+    `target=None` there is no rest. Groups without parameters are left out.
+    Raises ValueError where `head` is given and the model has none, and for parameters that are claimed twice.
     """
     trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     if not trainable:
@@ -71,11 +73,15 @@ def model_groups(
         raise ValueError(
             f"head={head}: the model has no output head (get_output_embeddings gives no linear layer). Leave head out."
         )
-    mine = [(name, param) for name, param in trainable if name in chosen and param is not of_head]
     heads = [(name, param) for name, param in trainable if param is of_head]
-    rest = [(name, param) for name, param in trainable if name not in chosen and param is not of_head]
+    head_name = heads[0][0] if heads else None
+    members_of_others = claimed(trainable, [patterns for patterns, _ in others], head=head_name)
+    taken = {name for members in (heads, *members_of_others) for name, _ in members}
+    mine = [(name, param) for name, param in trainable if name in chosen and name not in taken]
+    rest = [(name, param) for name, param in trainable if name not in chosen and name not in taken]
     groups = []
-    for members, settings in ((mine, own), (heads, head or {}), (rest, fallback or {})):
+    of_others = zip(members_of_others, (settings for _, settings in others), strict=True)
+    for members, settings in ((mine, own), (heads, head or {}), *of_others, (rest, fallback or {})):
         decayed, plain = split_for_decay(members)
         groups.append({**settings, "params": decayed})
         groups.append({**settings, "params": plain, "weight_decay": 0.0})
@@ -102,13 +108,8 @@ def _head_weight(model: nn.Module) -> Tensor | None:
 
 
 def _no_match(model: nn.Module, unmatched: list[str]) -> str:
-    words = sorted(
-        {part for name, _ in model.named_modules() for part in name.split(".") if not part.isdigit() and part}
-    )
-    near = [
-        close for pattern in unmatched for close in difflib.get_close_matches(pattern, words, n=3, cutoff=0.4)
-    ]
-    shown = near or words[:12]
+    paths = [name for name, _ in model.named_modules()]
+    shown = dict.fromkeys(word for pattern in unmatched for word in near_words(pattern, paths))
     return (
         f"target {', '.join(repr(pattern) for pattern in unmatched)} matches no linear layer of the model. "
         f"Names in its paths: {', '.join(shown)}"

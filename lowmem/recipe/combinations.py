@@ -91,6 +91,9 @@ def check_half_life(root: Node, problems: Problems) -> None:
             message = f"optimizer.beta2_half_life_tokens gives beta2, and so does optimizer.{key}."
             problems.add(half_life.place, f"{message} Delete one of them.")
     others = [given(root, f"optimizer.{other}.name") for other in ("fallback", "head")]
+    groups = given(root, "optimizer.groups")
+    if groups and isinstance(groups.value, list):
+        others += [given(group, "name") for group in groups.value]
     names = [name.value, *(other.value for other in others if other)]
     if not set(names) & set(with_second_moment()):
         message = f"optimizer.beta2_half_life_tokens is for a second moment, and {name.value} has none."

@@ -36,7 +36,9 @@ def with_beta2(chosen: OptimizerRecipe, tokens_per_step: float, *, rest: str | N
     fallback = chosen.fallback or (None if rest is None else {"name": rest})
     fallback = _other_with(fallback, beta2)
     settings = _with(chosen.name, chosen.settings, beta2)
-    return replace(chosen, settings=settings, fallback=fallback, head=_other_with(chosen.head, beta2))
+    groups = [_group_with(each, chosen.name, beta2) for each in chosen.groups]
+    head = _other_with(chosen.head, beta2)
+    return replace(chosen, settings=settings, fallback=fallback, head=head, groups=groups)
 
 
 def with_second_moment() -> list[str]:
@@ -49,6 +51,12 @@ def _other_with(other: Mapping[str, Any] | None, beta2: float) -> dict[str, Any]
         return None
     own = {key: value for key, value in other.items() if key != "name"}
     return {"name": other["name"], **_with(other["name"], own, beta2)}
+
+
+def _group_with(group: Mapping[str, Any], main: str, beta2: float) -> dict[str, Any]:
+    own = {key: value for key, value in group.items() if key not in ("match", "name")}
+    kept = {key: group[key] for key in ("match", "name") if key in group}
+    return {**kept, **_with(group["name"], own, beta2)} if group.get("name", main) != main else dict(group)
 
 
 def _with(name: str, settings: Mapping[str, Any], beta2: float) -> dict[str, Any]:

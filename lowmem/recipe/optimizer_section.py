@@ -41,6 +41,8 @@ def read_optimizer(node: Node, dotted: str, problems: Problems) -> OptimizerReci
     for key in ("fallback", "head"):
         if key in node.value:
             arguments[key] = _read_other(node.value[key], f"{dotted}.{key}", problems)
+    if "groups" in node.value:
+        arguments["groups"] = _read_groups(node.value["groups"], f"{dotted}.groups", name, problems)
     if len(problems) > before:
         return None
     return OptimizerRecipe(name=str(name), settings=settings, **arguments)
@@ -58,6 +60,40 @@ def _read_other(node: Node, dotted: str, problems: Problems) -> dict[str, Any] |
     name = _read_name(node, dotted, problems)
     written = {key: child for key, child in node.value.items() if key != "name"}
     return {"name": name, **_read_settings(written, name, dotted, ["name"], problems)}
+
+
+def _read_groups(node: Node, dotted: str, main: str | None, problems: Problems) -> list[dict[str, Any]]:
+    """[{match, settings as written}], with `name` where that is written."""
+    if not isinstance(node.value, list):
+        example = "[{match: [v_proj], lr: 1.0e-5}]"
+        problems.add(
+            node.place, f"{dotted} is {node.found()}; it must be a list of sections, as in {example}."
+        )
+        return []
+    return [_read_group(each, f"{dotted}[{i}]", main, problems) for i, each in enumerate(node.value)]
+
+
+def _read_group(node: Node, dotted: str, main: str | None, problems: Problems) -> dict[str, Any]:
+    if not isinstance(node.value, dict):
+        problems.add(node.place, f"{dotted} is {node.found()}; it must be a section with match and settings.")
+        return {}
+    if "match" not in node.value:
+        message = (
+            f"{dotted}.match is missing: parts of the names of the group's parameters, as in match: [v_proj]."
+        )
+        problems.add(node.place, message)
+        return {}
+    child = node.value["match"]
+    match = read_key(list[str], {}, child, f"{dotted}.match", problems)
+    if match is not None and (not match or not all(match)):
+        problems.add(
+            child.place, f"{dotted}.match is empty. Name parts of parameters' names, as in [v_proj]."
+        )
+    name = _read_name(node, dotted, problems) if "name" in node.value else main
+    written = {key: child for key, child in node.value.items() if key not in ("match", "name")}
+    named = {"name": name} if "name" in node.value else {}
+    settings = _read_settings(written, name, dotted, ["match", "name"], problems)
+    return {"match": match, **named, **settings}
 
 
 def _read_name(node: Node, dotted: str, problems: Problems) -> str | None:

@@ -3,8 +3,8 @@
 The value is read as YAML. Sections on the way are created, the last word on a key wins, and
 `a.b=null` takes a value away. Two overrides also clear what they replace in the file, so that they can
 be used alone: a new kind of data source (`data.train.path=...` over a recipe with `builtin:`) drops the
-keys of the old kind, and a new `optimizer.name` drops the settings that only the old algorithm has. Keys
-given on the command line are never dropped.
+keys of the old kind, and a new `optimizer.name` drops the settings that only the old algorithm has and the groups
+that name no optimizer of their own. Keys given on the command line are never dropped.
 """
 
 from __future__ import annotations
@@ -104,6 +104,11 @@ def _drop_replaced_settings_(section: Node | None, name_in_file: str | None) -> 
     for key in table[name_in_file]["settings"]:
         if key not in table[new]["settings"]:
             _drop_if_from_file_(section, key)
+    groups = given(section, "groups")
+    if groups is not None and isinstance(groups.value, list):
+        groups.value = [
+            each for each in groups.value if each.place.is_command_line or given(each, "name") is not None
+        ]
 
 
 def _drop_if_from_file_(section: Node, key: str) -> None:

@@ -131,6 +131,11 @@ class OptimizerRecipe:
     fallback: dict[str, Any] | None = key(
         None, "another optimizer, {name: ..., its settings}, for embeddings, head, norms and biases"
     )
+    groups: list[dict[str, Any]] = key(
+        list,
+        "for some parameters other settings, {match: [parts of their names], settings}, or another optimizer with "
+        "name: ...; before target, head and fallback",
+    )
     beta2_half_life_tokens: float | None = key(
         None,
         "tokens after which a second moment has forgotten half; gives beta2, of the fallback too, from the mean number "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ADAMW_GRID = (1e-3, 2e-3, 4e-3, 8e-3)
+ADAMW_GRID = (2e-3, 4e-3)
 RANK = 32  # half of the width of 64
 
 
@@ -49,6 +49,18 @@ METHODS = (
         name="frugal, 1/4 of columns",
     ),
     of("dct_adamw", ADAMW_GRID, "optimizer.rank=16", name="dct_adamw, rank 1/4"),
+    of(
+        "galore",
+        ADAMW_GRID,
+        *QUARTER,
+        "optimizer.refresh_every=100000",
+        name="galore, rank 1/4, never refreshed",
+    ),
+    of("sgd", (0.1, 0.2)),
+    of("sgd", (0.02, 0.04), "optimizer.momentum=0.9", name="sgd, momentum 0.9"),
+    of("sgd_sai", (4e-4, 8e-4)),
+    of("block_adam", ADAMW_GRID, "optimizer.switch_every=10"),
+    of("muon", ADAMW_GRID, STATELESS_REST),
     of("swan", ADAMW_GRID, STATELESS_REST),
     of("sinkgd", ADAMW_GRID, STATELESS_REST),
     of("sinkgd", ADAMW_GRID, STATELESS_REST, INT8, name="sinkgd int8"),

@@ -176,6 +176,37 @@ def test_a_head_with_an_optimizer_of_its_own_is_counted_as_build_optimizer_does_
     assert found == build_optimizer(model, name, lr=1e-3, head=head).state_bytes()
 
 
+GROUPS = [
+    [{"match": ["v_proj", "down_proj"], "lr": 1e-4}],
+    [{"match": ["layers.0.self_attn"], "name": "adamw"}, {"match": ["norm"], "name": "sgd", "momentum": 0.9}],
+    [{"match": ["embed_tokens"], "name": "galore", "rank": 4, "storage": {"moment": "int8"}}],
+]
+
+
+@pytest.mark.parametrize("fallback", [None, {"name": "adafactor"}], ids=str)
+@pytest.mark.parametrize("groups", GROUPS, ids=str)
+@pytest.mark.parametrize("name", ["galore", "sgd", "block_adam"])
+def test_groups_are_counted_as_build_optimizer_makes_them(name, groups, fallback):
+    model, parameters = model_and_parameters()
+    recipe = OptimizerRecipe(name=name, groups=groups, fallback=fallback, settings={"lr": 1e-3})
+    found = sum(
+        state_bytes(each.algorithm, each.settings, each.parameter.shape, 2)
+        for each in treatments(recipe, parameters)
+    )
+    optimizer = build_optimizer(model, name, lr=1e-3, groups=groups, fallback=fallback)
+    assert found >= optimizer.state_bytes()
+    if name != "block_adam":  # its fullest turn need not be the first
+        assert found == optimizer.state_bytes()
+
+
+def test_a_parameter_that_two_groups_claim_is_an_error_in_words():
+    _, parameters = model_and_parameters()
+    groups = [{"match": ["norm"]}, {"match": ["layers.0."]}]
+    recipe = OptimizerRecipe(name="sgd", groups=groups, settings={"lr": 1e-3})
+    with pytest.raises(RecipeError, match="claimed twice: by match 'norm' of groups"):
+        treatments(recipe, parameters)
+
+
 def test_a_target_without_a_match_is_an_error_in_words():
     _, parameters = model_and_parameters()
     recipe = OptimizerRecipe(name="galore", target=["attn", "expert"], settings={"lr": 1e-3})

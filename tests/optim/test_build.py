@@ -90,6 +90,71 @@ def test_a_head_of_the_same_algorithm_takes_what_it_does_not_say_and_a_frozen_on
     build_optimizer(model, "sinkgd", lr=1e-3, head={"name": "sinkgd", "momentum": 0.9})
 
 
+def test_groups_take_the_parameters_that_their_patterns_name_with_settings_of_their_own():
+    model = llama()
+    optimizer = build_optimizer(
+        model,
+        "frugal",
+        lr=1e-3,
+        density=0.5,
+        groups=[
+            {"match": ["v_proj", "down_proj"], "density": 0.0},
+            {"match": ["0.self_attn.q_proj"], "name": "sgd", "lr": 0.5},
+            {"match": "norm", "name": "adamw", "weight_decay": 0.1},
+        ],
+    )
+    names = {param: name for name, param in model.named_parameters()}
+    by_setting: dict = {}
+    for group in optimizer.param_groups:
+        key = (group["algorithm"], group["lr"], group.get("density"))
+        by_setting.setdefault(key, set()).update(names[param] for param in group["params"])
+    every = set(names.values())
+    stateless = {name for name in every if "v_proj" in name or "down_proj" in name}
+    embeddings = {"model.embed_tokens.weight", "lm_head.weight"}
+    norms = {name for name in every if "norm" in name}
+    q = {"model.layers.0.self_attn.q_proj.weight"}
+    assert by_setting == {
+        ("frugal", 1e-3, 0.5): every - stateless - q - norms - embeddings,
+        ("frugal", 1e-3, 0.0): stateless,
+        ("sgd", 0.5, None): q,
+        ("adamw", 1e-3, None): norms | embeddings,
+    }
+    assert all(
+        group["weight_decay"] == 0 for group in optimizer.param_groups if group["params"][0].dim() == 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("groups", "head", "words"),
+    [
+        ([{"match": ["q_proi"]}], None, r"groups\[0\]: match 'q_proi' is in the name of no .*: q_proj"),
+        (
+            [{"match": ["norm"]}, {"match": ["input"]}],
+            None,
+            r"input_layernorm.weight is claimed twice: by match 'norm' "
+            r"of groups\[0\] and by match 'input' of groups\[1\]",
+        ),
+        (
+            [{"match": ["lm_head"]}],
+            {"name": "adamw"},
+            "lm_head.weight is claimed twice: by head and by match 'lm_head'",
+        ),
+        ([{"lr": 1e-3}], None, r"groups\[0\] needs match, .* found None"),
+        ([{"match": []}], None, r"groups\[0\] needs match"),
+        ([{"match": [3]}], None, r"groups\[0\] needs match, .* found \[3\]"),
+        ([{"match": ["norm"], "rank": 2}], None, r"groups\[0\] sgd has no setting 'rank'"),
+        ([{"match": ["norm"], "name": "galor"}], None, "Did you mean 'galore'"),
+    ],
+)
+def test_errors_about_groups_name_the_group_and_what_is_wrong(groups, head, words):
+    with pytest.raises(ValueError, match=words):
+        build_optimizer(llama(), "sgd", lr=1e-3, head=head, groups=groups)
+
+
+def test_a_group_may_name_what_a_trainer_brings_later():
+    lowmem_trainer_optimizer("sgd", lr=1e-3, groups=[{"match": ["q_proj"], "lr": 1e-4}])
+
+
 def test_errors_about_the_head_say_what_is_wrong():
     with pytest.raises(ValueError, match="the model has no output head .* Leave head out"):
         build_optimizer(nn.ModuleDict({"mlp": nn.Linear(4, 4)}), "sgd", lr=1e-3, head={"name": "adamw"})

@@ -83,6 +83,7 @@ def optimizer(name: str) -> st.SearchStrategy[dict[str, Any]]:
     optional = {key: st.just(value) for key, value in defaults.items() if key != "lr"}
     optional["target"] = st.lists(TEXT, min_size=1, max_size=3)
     optional["head"] = optional["fallback"] = st.none() | st.just({"name": "adamw", "betas": [0.5, 0.9]})
+    optional["groups"] = st.lists(st.just({"match": ["norm"], "name": "adamw", "eps": 1e-6}), max_size=2)
     return st.fixed_dictionaries({"name": st.just(name), "lr": st.floats(0, 1e3)}, optional=optional)
 
 
@@ -153,6 +154,7 @@ def test_a_dump_is_plain_yaml_in_the_layout_of_a_recipe() -> None:
         "refresh_from": "boundary",
         "head": None,
         "fallback": {"name": "adamw"},
+        "groups": [],
         "beta2_half_life_tokens": None,
     }
     assert document["data"]["train"] == {"builtin": "arithmetic"}

@@ -52,6 +52,12 @@ def test_a_fallback_with_a_beta2_of_its_own_keeps_it():
     assert with_beta2(chosen(text), 2e6, rest="adamw").fallback["betas"] == [0.9, 0.95]
 
 
+def test_a_group_of_another_optimizer_gets_it_and_one_of_the_same_takes_it_from_there():
+    text = "name: sgd, lr: 1, beta2_half_life_tokens: 1e6, groups: [{match: [norm], name: adamw}, {match: [head]}]"
+    found = with_beta2(chosen(text), 2e6, rest=None)
+    assert found.groups == [{"match": ["norm"], "name": "adamw", "betas": [0.9, 0.25]}, {"match": ["head"]}]
+
+
 def test_two_ways_to_give_beta2_are_refused_and_so_is_one_without_a_second_moment():
     (both,) = problems_of(
         with_optimizer("name: adamw, lr: 1, betas: [0.9, 0.95], beta2_half_life_tokens: 1e6")

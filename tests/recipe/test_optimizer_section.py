@@ -65,7 +65,7 @@ def test_a_misspelt_setting_is_not_answered_with_one_that_this_optimizer_lacks()
     (problem,) = problems_of(with_optimizer("name: adamw, lr: 1, ranks: 4"))
     assert "optimizer.rank?" not in problem
     assert (
-        "Keys of optimizer: name, target, clip, refresh_from, head, fallback, beta2_half_life_tokens, lr, betas"
+        "Keys of optimizer: name, target, clip, refresh_from, head, fallback, groups, beta2_half_life_tokens, lr, betas"
         in problem
     )
 
@@ -85,6 +85,50 @@ def test_a_head_is_read_and_checked_like_a_fallback() -> None:
     assert recipe.optimizer.head == {"name": "adamw", "lr": 1e-3}
     (problem,) = problems_of(with_optimizer("name: sgd, lr: 1, head: {name: adamw, momentum: 0.9}"))
     assert "optimizer.head.momentum is a setting of sgd" in problem
+
+
+def test_groups_take_settings_of_the_main_optimizer_or_of_one_that_they_name() -> None:
+    text = (
+        "name: galore, lr: 1, groups: [{match: [v_proj], rank: 4}, {match: [norm], name: sgd, momentum: 0.5}]"
+    )
+    recipe = load_recipe(write(with_optimizer(text)))
+    assert recipe.optimizer.groups == [
+        {"match": ["v_proj"], "rank": 4},
+        {"match": ["norm"], "name": "sgd", "momentum": 0.5},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        ("{match: [a]}", "optimizer.groups is a section with match; it must be a list of sections"),
+        ("[v_proj]", "optimizer.groups[0] is v_proj; it must be a section with match and settings"),
+        ("[{rank: 4}]", "optimizer.groups[0].match is missing"),
+        ("[{match: []}]", "optimizer.groups[0].match is empty"),
+        ("[{match: v_proj}]", "optimizer.groups[0].match is v_proj; it must be a list"),
+        (
+            "[{match: [a], rnk: 4}]",
+            "optimizer.groups[0].rnk is not a key. Did you mean optimizer.groups[0].rank?",
+        ),
+        ("[{match: [a], name: sgd, rank: 4}]", "optimizer.groups[0].rank is a setting of galore"),
+        (
+            "[{match: [a], name: sdg}]",
+            "optimizer.groups[0].name is sdg, which is no optimizer. Did you mean sgd?",
+        ),
+        ("[{match: [a], rank: 0}]", "optimizer.groups[0].rank is 0; it must be a whole number >= 1"),
+    ],
+)
+def test_a_group_that_is_wrong_is_named_by_its_number(groups: str, words: str) -> None:
+    (problem,) = problems_of(with_optimizer(f"name: galore, lr: 1, groups: {groups}"))
+    assert words in problem
+
+
+def test_another_optimizer_drops_the_groups_that_refine_the_old_one() -> None:
+    text = "name: galore, lr: 1, groups: [{match: [v_proj], rank: 4}, {match: [norm], name: sgd}]"
+    recipe = load_recipe(write(with_optimizer(text)), ["optimizer.name=adamw"])
+    assert recipe.optimizer.groups == [{"match": ["norm"], "name": "sgd"}]
+    recipe = load_recipe(write(with_optimizer(text)), ["optimizer.rank=8"])
+    assert len(recipe.optimizer.groups) == 2
 
 
 def test_a_fallback_is_checked_like_the_main_optimizer() -> None:

@@ -50,14 +50,15 @@ class FRUGAL(LowMemOptimizer):
     fine-tuning and 1 for pre-training.
 
     A parameter that is no matrix takes the inner rule whole, or its turn as a block. Embeddings and above all the
-    output head should keep state: `build_optimizer` gives them the `fallback`. A group of its own can have another
-    density, and fallback: {name: frugal, density: 0} is one without state. 3-D parameters are batches of matrices.
+    output head should keep state: `build_optimizer` gives them the `fallback`, and its `groups` another density to
+    matrices by name: 1 keeps all their state, 0 none. 3-D parameters are batches of matrices.
 
     Which layers are split, keep state or have none, as the authors pre-train and fine-tune, in a recipe:
 
         optimizer: {name: frugal, lr: 1.0e-3, projection: block, order: descending, density: 0.25, residual_scale: 1.0}
         optimizer: {name: frugal, lr: 5.0e-5, target: [q_proj, v_proj], density: 0.0104, refresh_every: 500,
                     fallback: {name: frugal, density: 0.0}, head: {name: adamw}}
+        optimizer: {name: frugal, lr: 5.0e-5, groups: [{match: [v_proj], density: 1.0}, {match: [mlp], density: 0.0}]}
 
     The second one splits queries and values (0.0104 is rank 8 of 768) and leaves all other linear layers, and here the
     embedding, without state; norms and head keep Adam's.
