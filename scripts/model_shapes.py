@@ -24,3 +24,11 @@ MODELS = {
     "LLaMA-2-13B": llama(40, 5120, 13824, 40, 40, 32000),
     "LLaMA-2-70B": llama(80, 8192, 28672, 64, 8, 32000),
 }
+
+PAPERS_LLAMA = {  # configs/llama_*.json of galore-torch, which papers on memory-efficient pre-training share
+    "60M": llama(8, 512, 1376, 8, 8, 32000),
+    "130M": llama(12, 768, 2048, 12, 12, 32000),
+    "350M": llama(24, 1024, 2736, 16, 16, 32000),
+    "1B": llama(24, 2048, 5461, 32, 32, 32000),
+    "7B": MODELS["LLaMA-2-7B"],
+}

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from lowmem.hf.trainer_override import optimizer as lowmem_trainer_optimizer
 from lowmem.optim import build_optimizer
 from lowmem.optim.build import describe_groups
-from lowmem.optim.registry import OPTIMIZERS
+from lowmem.optim.registry import OPTIMIZERS, optimizer_class
+from lowmem.optim.settings import settings_of
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -52,6 +53,21 @@ def test_every_trainable_parameter_is_in_exactly_one_group(name):
     members = [param for group in optimizer.param_groups for param in group["params"]]
     assert len(members) == len(set(members))
     assert set(members) == {param for param in model.parameters() if param.requires_grad}
+
+
+@pytest.mark.parametrize("role", ["fallback", "head"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_moves_the_output_head_as_a_fallback_and_as_a_head(name, role):
+    model = llama()
+    before = model.lm_head.weight.detach().clone()
+    short_turns = {"refresh_every": 1} if "refresh_every" in settings_of(optimizer_class(name)) else {}
+    optimizer = build_optimizer(model, "swan", lr=1e-3, **{role: {"name": name, **short_turns}})
+    assert "lm_head.weight" in names_by_algorithm(model, optimizer)[name]
+    for _ in range(4):  # a turn for each of: embedding, two layers' norms, head
+        for param in model.parameters():
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+    assert (model.lm_head.weight != before).any()
 
 
 def test_a_tied_embedding_appears_once_and_never_as_a_matrix_even_when_targeted():

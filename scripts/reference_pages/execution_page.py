@@ -5,8 +5,11 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from reference_pages.markdown import table
 
 from lowmem.optim.registry import OPTIMIZERS, optimizer_class
 from lowmem.run.choose import chosen_mode, objection, situation_of
@@ -117,32 +120,53 @@ Without the mixin, `optimizer_cls_and_kwargs` alone gives `plain` steps with the
 """
 
 
-def execution_page() -> str:
-    """The page, with every combination of optimizer, execution, accumulation and clipping counted."""
-    lines = [
-        "| optimizer | micro-batches | clip | plain | project | fused | auto |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    reasons: list[str] = []
-    works = refused = 0
-    for (row, name, settings), micro_batches, (shown, clip, clips) in itertools.product(
-        sorted(SETTINGS, key=lambda each: list(OPTIMIZERS).index(each[1])), (1, 4), CLIPS
-    ):
-        optimizer = optimizer_class(name)(
-            [torch.nn.Parameter(torch.empty(MATRIX, device="meta"))], **settings
-        )  # type: ignore[call-arg]
-        max_norm = 1.0 if clips else None
-        at = situation_of(optimizer, micro_batches=micro_batches, clip=clip, max_norm=max_norm)  # type: ignore[arg-type]
-        cells = []
-        for way in WAYS:
-            reason = objection(way, at)  # type: ignore[arg-type]
-            works, refused = works + (reason is None), refused + (reason is not None)
+@dataclass(frozen=True)
+class Combination:
+    """Whether each way of making a step works for an optimizer, a number of micro-batches and a way to clip."""
+
+    micro_batches: int
+    clip: str
+    objections: tuple[str | None, ...]  # one for each of WAYS
+    auto: str
+
+    def cells(self, reasons: list[str]) -> list[str]:
+        """Its part of a row. A reason that is not among `reasons` is added; cells name them by their number."""
+        shown = []
+        for reason in self.objections:
             if reason is not None and reason not in reasons:
                 reasons.append(reason)
-            cells.append("yes" if reason is None else f"no ({reasons.index(reason) + 1})")
-        lines.append(
-            f"| {row} | {micro_batches} | {shown} | {' | '.join(cells)} | {chosen_mode('auto', at)} |"
-        )
+            shown.append("yes" if reason is None else f"no ({reasons.index(reason) + 1})")
+        return [str(self.micro_batches), self.clip, *shown, self.auto]
+
+
+HEAD = ("micro-batches", "clip", *WAYS, "auto")
+
+
+def combinations_of(name: str, settings: dict[str, Any]) -> list[Combination]:
+    """What the code that chooses and refuses says of an optimizer of one matrix."""
+    optimizer = optimizer_class(name)([torch.nn.Parameter(torch.empty(MATRIX, device="meta"))], **settings)  # type: ignore[call-arg]
+    found = []
+    for micro_batches, (shown, clip, clips) in itertools.product((1, 4), CLIPS):
+        max_norm = 1.0 if clips else None
+        at = situation_of(optimizer, micro_batches=micro_batches, clip=clip, max_norm=max_norm)  # type: ignore[arg-type]
+        objections = tuple(objection(way, at) for way in WAYS)  # type: ignore[arg-type]
+        found.append(Combination(micro_batches, shown, objections, chosen_mode("auto", at)))
+    return found
+
+
+def numbered(reasons: list[str]) -> list[str]:
+    return [f"{number}. {reason}" for number, reason in enumerate(reasons, start=1)]
+
+
+def execution_page() -> str:
+    """The page, with every combination of optimizer, execution, accumulation and clipping counted."""
+    reasons: list[str] = []
+    rows, works, refused = [], 0, 0
+    for label, name, settings in sorted(SETTINGS, key=lambda each: list(OPTIMIZERS).index(each[1])):
+        for each in combinations_of(name, settings):
+            rows.append((label, *each.cells(reasons)))
+            works += each.objections.count(None)
+            refused += len(WAYS) - each.objections.count(None)
     count = f"{works} combinations work, {refused} are refused:"
-    notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, start=1)]
-    return TEXT + "\n".join([*lines, "", count, "", *notes, ""])
+    lines = table(("optimizer", *HEAD), rows)
+    return TEXT + "\n".join([*lines, "", count, "", *numbered(reasons), ""])
