@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from lowmem.recipe.load import load_recipe
 from lowmem.recipe.schema import Recipe
 from lowmem.run.checkpoint import (
     CHECKPOINT_PREFIX,
+    WHOLE_STATE,
     Choice,
     checkpoints_in,
     choose_newest_good,
@@ -32,6 +33,9 @@ from lowmem.run.checkpoint import (
 from lowmem.run.checkpoint_manifest import DamagedError
 
 STATE_FILE = "trainer_state.json"
+OF_ANY_LAUNCH = ("distributed", "train.per_device_batch_size", "train.gradient_accumulation_steps")
+"""What may change, too, where a run goes on from state that any launch can load."""
+
 MAY_CHANGE = ("train.max_steps", "train.epochs", "save", "resume", "report", "eval")
 """Keys that do not change what has been trained so far, so a run may continue with other values."""
 
@@ -133,13 +137,13 @@ def flat_keys(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differing_keys(old: Recipe, new: Recipe) -> list[str]:
+def differing_keys(old: Recipe, new: Recipe, may_change: Sequence[str] = MAY_CHANGE) -> list[str]:
     """Lines `key: old, now new` for what must be equal when a run continues."""
     left, right = flat_keys(recipe_document(old)), flat_keys(recipe_document(new))
     lines = []
     for name in sorted(left.keys() | right.keys()):
-        may_change = any(name == free or name.startswith(free + ".") for free in MAY_CHANGE)
-        if not may_change and left.get(name) != right.get(name):
+        is_free = any(name == free or name.startswith(free + ".") for free in may_change)
+        if not is_free and left.get(name) != right.get(name):
             lines.append(f"{name}: {left.get(name)!r} there, {right.get(name)!r} in this recipe")
     return lines
 
@@ -159,7 +163,8 @@ def refuse_other_recipe(folder: RunFolder, recipe: Recipe) -> None:
         raise RecipeError(
             f"save.dir: {folder.path} holds a run whose recipe.yaml this version cannot read ({error}). {mend}"
         ) from error
-    lines = differing_keys(old, recipe)
+    is_whole = any((checkpoint / WHOLE_STATE).is_file() for checkpoint in folder.checkpoints())
+    lines = differing_keys(old, recipe, (*MAY_CHANGE, *OF_ANY_LAUNCH) if is_whole else MAY_CHANGE)
     if lines:
         raise RecipeError([f"save.dir: {folder.path} holds the run of another recipe. {mend}", *lines])
 

@@ -14,8 +14,11 @@ from lowmem.hf.atomic_folder import checkpoint_faults_explained
 from lowmem.hf.final_model import save_weights
 from lowmem.hf.trainer_checkpoints import CheckpointedTrainer
 from lowmem.hf.whole_weights import whole_state_dict
+from lowmem.optim.engine import LowMemOptimizer
+from lowmem.run.checkpoint import WHOLE_STATE
 from lowmem.run.layouts.attach import StepsInPieces
 from lowmem.run.layouts.saved_pieces import file_name, load_pieces_, saved_pieces
+from lowmem.run.layouts.whole_state import load_whole_state_
 
 WEIGHTS = "model*.safetensors"
 
@@ -75,13 +78,17 @@ class ShardedTrainer(CheckpointedTrainer):
 
     def _load_state(self, checkpoint: str) -> None:
         """Raises RefusedError for state that another launch has saved, which a Trainer would leave out silently."""
+        whole = Path(checkpoint, WHOLE_STATE)
+        if whole.is_file():
+            self._load_whole_state(whole)
+            return
         sharded = file_name(self.args.process_index, self.args.world_size)
         expected = sharded if self._is_sharded else "optimizer.pt"
         if not Path(checkpoint, expected).is_file():
             raise RefusedError(
                 f"{checkpoint} has no {expected}: its optimizer state was saved by another number of processes or "
-                "another strategy. Continue with the launch that saved it, or start from its weights: "
-                f"model.name_or_path={checkpoint} with another save.dir."
+                "another strategy. Continue with the launch that saved it, or have the run written for any launch: "
+                f"lowmem export --optimizer {Path(checkpoint).parent}"
             )
         if not self._is_sharded:
             super()._load_state(checkpoint)
@@ -90,7 +97,20 @@ class ShardedTrainer(CheckpointedTrainer):
         assert self.lr_scheduler is not None
         saved = torch.load(Path(checkpoint, expected), map_location="cpu", weights_only=True)
         load_pieces_(self.steps_in_pieces.pieces, saved)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
+        self._load_schedule(Path(checkpoint))
+
+    def _load_whole_state(self, file: Path) -> None:
+        """What `lowmem export --optimizer` has written, into whatever this launch has of each parameter."""
+        whole = torch.load(file, map_location="cpu", weights_only=True)
+        steps = self.steps_in_pieces
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer) if steps is None else steps.pieces
+        assert isinstance(optimizer, LowMemOptimizer)
+        load_whole_state_(optimizer, whole)
+        self._load_schedule(file.parent)
+
+    def _load_schedule(self, checkpoint: Path) -> None:
+        assert self.lr_scheduler is not None
+        self.lr_scheduler.load_state_dict(torch.load(checkpoint / "scheduler.pt", weights_only=True))
         # Elsewhere the rates come back with the optimizer's groups, which here are a library's.
         rates = self.lr_scheduler.get_last_lr()
         for group, rate in zip(self.lr_scheduler.optimizer.param_groups, rates, strict=True):

@@ -21,6 +21,8 @@ from lowmem.run.checkpoint_manifest import (
 CHECKPOINT_PREFIX = "checkpoint-"
 OPTIMIZER_STATE = ("optimizer.pt", "optimizer-*.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 """Files, and patterns of files, that only who continues the training needs."""
+WHOLE_STATE = "optimizer-whole.pt"
+"""Optimizer state that any launch can load, as `lowmem export --optimizer` writes it."""
 
 
 def step_of(checkpoint: Path) -> int | None:

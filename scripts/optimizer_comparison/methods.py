@@ -59,7 +59,7 @@ METHODS = (
     of("sgd", (0.1, 0.2)),
     of("sgd", (0.02, 0.04), "optimizer.momentum=0.9", name="sgd, momentum 0.9"),
     of("sgd_sai", (4e-4, 8e-4)),
-    of("block_adam", ADAMW_GRID, "optimizer.switch_every=10"),
+    of("block_adam", ADAMW_GRID, "optimizer.refresh_every=10"),
     of("muon", ADAMW_GRID, STATELESS_REST),
     of("swan", ADAMW_GRID, STATELESS_REST),
     of("sinkgd", ADAMW_GRID, STATELESS_REST),

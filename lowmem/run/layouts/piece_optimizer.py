@@ -88,6 +88,10 @@ class PieceOptimizer(LowMemOptimizer):
                 self._idle[param] = param.data.new_zeros(()).expand(shape)
                 param.data = self._idle[param]
 
+    def owns(self, param: Tensor) -> bool:
+        """Whether this process steps all of it."""
+        return self._owner.get(param) == self.rank
+
     def all_pieces(self) -> list[Piece]:
         """In the order of the groups."""
         return [self._pieces[param] for group in self.param_groups for param in group["params"]]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from lowmem.errors import RefusedError
 from lowmem.run.layouts.piece_optimizer import PieceOptimizer
 
@@ -14,7 +16,7 @@ def file_name(rank: int, processes: int) -> str:
 
 def saved_pieces(pieces: PieceOptimizer) -> dict[str, Any]:
     """Tensors, numbers and strings only: state, where the pieces lie, and weights that nobody else keeps."""
-    return {"places": _places(pieces), "state": pieces.state_dict(), "weights": _own_weights(pieces)}
+    return {"places": _places(pieces), "state": pieces.state_dict(), "weights": own_weights(pieces)}
 
 
 def load_pieces_(pieces: PieceOptimizer, saved: dict[str, Any]) -> None:
@@ -25,7 +27,7 @@ def load_pieces_(pieces: PieceOptimizer, saved: dict[str, Any]) -> None:
             "processes, another strategy, or of another model. Continue with the launch that saved it."
         )
     pieces.load_state_dict(saved["state"])
-    own = _own_weights(pieces)
+    own = own_weights(pieces)
     for name, value in saved["weights"].items():
         own[name].copy_(value)
 
@@ -35,8 +37,8 @@ def _places(pieces: PieceOptimizer) -> dict[str, Any]:
     return {"rank": pieces.rank, "processes": pieces.processes, "ranges": found}
 
 
-def _own_weights(pieces: PieceOptimizer) -> dict[str, Any]:
-    """Of a layout that keeps finer weights than the model has."""
+def own_weights(pieces: PieceOptimizer) -> dict[str, Tensor]:
+    """This process' pieces, by name, in a layout that keeps finer weights than the model has."""
     if not pieces.layout.keeps_finer_weights:
         return {}
     return {piece.name: piece.weight() for piece in pieces.all_pieces()}
