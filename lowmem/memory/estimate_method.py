@@ -23,7 +23,7 @@ from lowmem.memory.arrivals import ADD, GO, STAY
 from lowmem.memory.execution_formulas import NOTHING_LEFT, End, Pass, Update, Way, end_of, passes_of
 from lowmem.memory.ledger import ALLOCATION_BYTES, rounded
 from lowmem.memory.low_rank_formulas import projected
-from lowmem.memory.row_gradient_formulas import row_update
+from lowmem.memory.row_gradient_formulas import row_update, takes_rows
 from lowmem.memory.state_formulas import (
     BITSANDBYTES_TABLES_BYTES,
     Treatment,
@@ -86,7 +86,8 @@ def recipe_method(recipe: Recipe, shape: Architecture, *, on_cuda: bool) -> Meth
     treated = treatments(recipe.optimizer, trained)
     updates = _updates(treated, itemsize, clips=recipe.train.max_grad_norm is not None, on_cuda=on_cuda)
     way = _way(recipe, updates)
-    by_rows = _by_rows(recipe, shape, way)
+    whole = {each.name for each in updates if each.name in LARGEST and each.by_rows is None}
+    by_rows = _by_rows(recipe, shape, way) - whole
     return replace(
         method,
         by_rows=by_rows,
@@ -152,7 +153,9 @@ def _updates(treated: Sequence[Treatment], itemsize: int, *, clips: bool, on_cud
                 temporary=0 if untouched else update_bytes(*arguments, on_cuda=on_cuda),
                 projected=projected(*arguments, on_cuda=on_cuda),
                 accumulated=None if clips else accumulated(*arguments),
-                by_rows=row_update(*arguments, on_cuda=on_cuda) if name in LARGEST else None,
+                by_rows=row_update(*arguments, on_cuda=on_cuda)
+                if name in LARGEST and takes_rows(*arguments[:3])
+                else None,
             )
         updates.append(alike[key])
     return updates

@@ -20,12 +20,14 @@ from dataclasses import dataclass
 
 from lowmem.memory import update_tiles
 from lowmem.memory.architecture import Shape
-from lowmem.memory.frugal_states import frugal_rule
+from lowmem.memory.frugal_states import SUBSPACES, frugal_rule
+from lowmem.memory.low_rank_formulas import LOW_RANK
 from lowmem.memory.row_block_formulas import ROW_BLOCKS, vector_bytes
 from lowmem.memory.split_formulas import number_bytes
 from lowmem.memory.state_formulas import with_defaults
-from lowmem.memory.state_tensors import Settings
+from lowmem.memory.state_tensors import Settings, is_low_rank, is_matrix
 from lowmem.memory.step_formulas import left_by_a_tile, update_bytes
+from lowmem.memory.whitened_formulas import WHITENED
 
 SLICES_START_AT = 256
 """As in `lowmem.numerics.tiles`; a test holds the two equal."""
@@ -39,6 +41,16 @@ class RowUpdate:
     """... of a block, the rows of its gradient included."""
     left: int
     """... of the block before, while the next rows are made."""
+
+
+def takes_rows(algorithm: str, settings: Settings, shape: Shape) -> bool:
+    """Whether the rule of a matrix can do with some rows of its gradient at a time."""
+    settings = with_defaults(algorithm, settings)
+    if algorithm in LOW_RANK:
+        return not is_low_rank(settings, shape)
+    if algorithm == "frugal" and frugal_rule(settings, shape) == "split":
+        return settings["projection"] not in SUBSPACES
+    return algorithm not in WHITENED or not is_matrix(shape)
 
 
 def row_update(

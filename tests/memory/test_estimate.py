@@ -35,9 +35,11 @@ from lowmem.memory import (
 from lowmem.memory.architecture import FAMILIES, Architecture
 from lowmem.memory.estimate import BASELINES, CUBLAS_BYTES, PAD_TO, estimate, estimate_baseline
 from lowmem.memory.ledger import rounded
+from lowmem.memory.row_gradient_formulas import takes_rows
 from lowmem.memory.tracker import ByteTracker
 from lowmem.numerics import int4_groups, int8_blocks, tiles
 from lowmem.optim.registry import OPTIMIZERS, optimizer_class
+from lowmem.optim.settings import settings_of
 from lowmem.recipe.schema import (
     DataRecipe,
     LoraRecipe,
@@ -47,6 +49,7 @@ from lowmem.recipe.schema import (
     SourceRecipe,
     TrainRecipe,
 )
+from tests.optim.cases import CASES
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -108,6 +111,7 @@ def recipe(
     model: dict | None = None,
     settings: dict | None = None,
     fallback: dict | None = None,
+    head: dict | None = None,
     **train: object,
 ) -> Recipe:
     return Recipe(
@@ -115,7 +119,7 @@ def recipe(
         lora=lora,
         data=DataRecipe(train=SourceRecipe(builtin="arithmetic"), max_length=tokens, packing=packing),
         optimizer=OptimizerRecipe(
-            name=optimizer, fallback=fallback, settings={"lr": 1e-4, **(settings or {})}
+            name=optimizer, fallback=fallback, head=head, settings={"lr": 1e-4, **(settings or {})}
         ),
         train=TrainRecipe(**{"max_grad_norm": None, "execution": "plain", **train}),
     )
@@ -341,6 +345,10 @@ BY_ROWS = {
     "sgd_sai, long": (recipe("sgd_sai", execution="fused", tokens=512, activation_checkpointing=True), {}),
     "scaled logits": (recipe("sgd", execution="fused", tokens=16), {"model_type": "granite"}),
     "whole logits": (recipe("adamw", execution="fused", tokens=16, loss="plain"), {}),
+    "a head that is whitened": (
+        recipe("sgd", execution="fused", tokens=16, head={"name": "muon"}),
+        {},
+    ),
     "whole gradients": (recipe("sgd", execution="fused", tokens=16, head_gradient="whole"), {}),
 }
 
@@ -351,6 +359,14 @@ def test_a_large_vocabulary_by_rows_agrees_with_its_simulation(case):
     config = {**LARGE_VOCABULARY, **changes}
     found = estimate(work, Architecture.from_config(config), on_cuda=False)
     assert_agrees(found, simulated(config, work), of_the_rest=0.02)
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES, ids=map(str, CASES))
+def test_who_takes_a_gradient_by_rows_is_known_to_the_formulas(name, settings):
+    group = {key: setting.default for key, setting in settings_of(optimizer_class(name)).items()} | settings
+    for shape in [(24, 48), (48, 24), (4, 4)]:
+        rule = optimizer_class(name).rule(group, shape)
+        assert takes_rows(name, settings, shape) == rule.takes_rows, shape
 
 
 @pytest.mark.parametrize("tied", [False, True])
