@@ -1,10 +1,10 @@
-"""Fine-tune one small pretrained LLaMA with every optimizer at its best learning rate, over several seeds.
+"""Train a small LLaMA, a pretrained and a new one, with every optimizer at its best learning rate, over several seeds.
 
     python scripts/compare_optimizers.py --data FOLDER [--tasks stories gsm8k] [--methods adamw galore] [--seeds 3]
 
 FOLDER holds the model and the texts (stories260k, stories, gsm8k, wikitext-2). Results are kept in --out as they come;
 the same command goes on where it was stopped, and more tasks, methods or seeds may be added. Writes
-optimizer_comparison.json and optimizer_comparison.md.
+optimizer_comparison.json, .md and .png.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 import transformers
 from optimizer_comparison.methods import METHODS, method
-from optimizer_comparison.results import markdown
+from optimizer_comparison.picture import draw
+from optimizer_comparison.results import markdown, summaries
 from optimizer_comparison.runs import Runs, best_learning_rate, train_once
 from optimizer_comparison.tasks import TASKS, task
 
@@ -62,13 +63,14 @@ def main() -> None:
             for seed in range(1, arguments.seeds):
                 loss_at(best, seed)
     conditions = {
-        "model": "stories260k, float32",
+        "model": "stories260k, pretraining: a new LLaMA of 1.1 million parameters; float32",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "machine": platform.machine(),
     }
     text = markdown(runs.content, conditions)
     (arguments.out / f"{FILE}.md").write_text(text, encoding="utf-8")
+    draw(summaries(runs.content), arguments.out / f"{FILE}.png")
     print(text)
 
 
