@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,10 @@ from lowmem.optim.rule import Context, Rule, Shape
 from lowmem.optim.storage import WHOLE, LoadedState, accumulator_dtype
 from lowmem.optim.torch_kernels import step_with_torch_
 from lowmem.optim.writeback import parts_of, write_
+
+FoundElsewhere = Callable[
+    [Tensor, Rule, Context, Callable[[], dict[str, Tensor]]], tuple[dict[str, Tensor], bool]
+]
 
 
 class LowMemOptimizer(OptimizerState):
@@ -49,6 +54,9 @@ class LowMemOptimizer(OptimizerState):
 
     steps_in_pieces: Callable[[LowMemOptimizer], None] | None = None
     """Who makes the steps where each process has a piece of each parameter."""
+
+    refresh_owners: FoundElsewhere | None = None
+    """Who has one process of several do what `Rule.refresh` does; see `run.refresh_owners`."""
 
     def __init__(self, params: Iterable[Any], settings: dict[str, Any]):
         self._forget()
@@ -242,8 +250,14 @@ class LowMemOptimizer(OptimizerState):
         if rule.needs_refresh(ctx) and self._refreshed.get(param) != ctx.step:
             grad = gradient_of(param) if grad is None else grad
             assert grad is not None
-            changed = rule.refresh(grad, whole, ctx)
+            rule.begin_refresh_(whole, ctx)
+            find = partial(rule.refresh, grad, whole, ctx)
+            owners = self.refresh_owners
+            changed, is_received = (find(), False) if owners is None else owners(param, rule, ctx, find)
             whole.save_(changed, self._rounding(param, group, ctx, "refresh"))
+            if is_received:
+                ctx.forget()
+                rule.recall(whole, ctx)
             self._refreshed[param] = ctx.step
             (self._refreshed_in_vain.discard if changed else self._refreshed_in_vain.add)(param)
 

@@ -45,9 +45,13 @@ class LowRankSplit(LowRank):
             blocks = [self._rows_of(*each) for each in zip(grad, P, R, N, strict=True)]
         return RowBlocks(lambda index, rows: blocks[index](rows)), changed
 
+    def begin_refresh_(self, state: State, ctx: Context) -> None:
+        """Zeros without a tensor of them, of which there would be one for each moment."""
+        if self.on_refresh == "reset" and self.refresh_is_due(ctx):
+            for name in self._inner_state(state):
+                state.zero_(name)
+
     def _reset(self, state: State) -> dict[str, Tensor]:
-        for name in self._inner_state(state):
-            state.zero_(name)
         return {}
 
     def _rows_of(self, G: Tensor, P: Tensor, R: Tensor, N: Tensor) -> Callable[[slice], Tensor]:

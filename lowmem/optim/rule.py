@@ -128,6 +128,10 @@ class Context:
         """Keep an answer that stays true, so that the device is asked once and not at every step."""
         self._known[fact] = numbers
 
+    def forget(self) -> None:
+        """Know nothing any more, as after a load: state has come from elsewhere."""
+        self._known.clear()
+
     def numbers(self, slot: str, count: int) -> tuple[int, ...]:
         """The `count` whole numbers in scalar `slot`, in Python; zeros before the state is made.
 
@@ -160,6 +164,21 @@ class Context:
         """Root mean square of the weight before this update, a float32 scalar on its device."""
         assert self._weight is not None
         return root_mean_square_of(self._weight)
+
+    def watch(self, failures: list[str], work: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `work` gives; reasons that it tells to `failed` are added to `failures`, too."""
+        told = self._on_failure
+
+        def tell(reason: str) -> None:
+            failures.append(reason)
+            if told is not None:
+                told(reason)
+
+        self._on_failure = tell
+        try:
+            return work()
+        finally:
+            self._on_failure = told
 
     def failed(self, reason: str) -> None:
         """Have it counted that a decomposition did not converge and that what was there before stays."""
@@ -212,8 +231,14 @@ class Rule:
         """
         return self.scope == "element" and type(self).refresh is Rule.refresh
 
+    def begin_refresh_(self, state: State, ctx: Context) -> None:
+        """What a refresh does to old state whatever the gradient is, in place; called just before `refresh`."""
+
     def refresh(self, grad: Tensor, state: State, ctx: Context) -> dict[str, Tensor]:
-        """Rare work on the whole gradient (a new basis, a statistic). Returns the slots that changed."""
+        """Rare work on the whole gradient (a new basis, a statistic). Returns the slots that changed.
+
+        Of several processes one may do it for all, so it changes nothing in place.
+        """
         return {}
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> tuple[Direction, dict[str, Tensor]]:

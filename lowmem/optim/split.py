@@ -56,10 +56,12 @@ class Split(Rule):
     def needs_refresh(self, ctx: Context) -> bool:
         return self.refresh_every.is_due(ctx)
 
-    def refresh(self, grad: Tensor, state: State, ctx: Context) -> dict[str, Tensor]:
+    def begin_refresh_(self, state: State, ctx: Context) -> None:
         if ctx.step > 1:
             for name in state:
                 state.zero_(name)
+
+    def refresh(self, grad: Tensor, state: State, ctx: Context) -> dict[str, Tensor]:
         shape = tuple(grad.shape)
         k = chosen_count(self.density, self._side(shape))
         numbers = [

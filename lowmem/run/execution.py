@@ -25,6 +25,7 @@ from lowmem.errors import RefusedError
 from lowmem.numerics.held_weights import grad_of, held_tensors, held_weight, numel_of
 from lowmem.optim.engine import LowMemOptimizer
 from lowmem.run.norms import clip_each_, clip_to_, norm_of
+from lowmem.run.refresh_owners import RefreshOwners
 from lowmem.run.resting import Resting
 from lowmem.run.same_weights import refuse_different_weights
 from lowmem.run.second_backward import second_backward
@@ -93,6 +94,7 @@ class Execution:
         self._resting = Resting(self.optimizer, trained, self.group_of)
         mine = [param for param in trained if self.handles(param)]
         if self._processes > 1:
+            self.optimizer.refresh_owners = RefreshOwners(trained)
             mine = self._leave_reducer(model, trained, mine)
         hook = weakly(self._on_gradient)
         self._handles = [param.register_post_accumulate_grad_hook(hook) for param in mine]

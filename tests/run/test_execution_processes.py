@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lowmem.memory.measure import TrackedMeter
 from lowmem.optim import build_optimizer
+from lowmem.run.refresh_owners import has_basis
 from tests.run.test_execution import GALORE, Net, batches, execution_for, net, optimizer_for, train
 
 WORLD = 2
@@ -124,6 +125,48 @@ RESUMED = [
     if not (mode == "project" and case[0] == "adafactor")
 ]
 
+SHARED = {
+    "svd, kept": ("galore", {"rank": 4, "refresh_every": 3, "projection": "svd"}),
+    "rotated, in bits": (
+        "galore",
+        {
+            "rank": 4,
+            "refresh_every": 3,
+            "on_refresh": "rotate",
+            "storage": {"moment": "int8", "variance": "bf16", "basis": "int4"},
+        },
+    ),
+    "when they change": ("q_galore", {"rank": 4, "refresh_every": 2, "similarity_window": 2}),
+    "split": ("frugal", {"projection": "svd", "density": 0.2, "refresh_every": 3}),
+}
+
+
+def shared_refreshes(case, rank: int) -> dict[str, object]:
+    """Weights, how often this process has looked for a basis, and what each process' load is."""
+    model = net()
+    optimizer = optimizer_for(case, model)
+    execution = execution_for("project" if case[0] == "galore" else "plain", optimizer, model)
+    owners = optimizer.refresh_owners
+    found = 0
+
+    def counted(param, rule, ctx, find):
+        def finding():
+            nonlocal found
+            found += 1
+            return find()
+
+        return owners(param, rule, ctx, finding if optimizer_has_basis(rule, param) else find)
+
+    optimizer.refresh_owners = counted
+    data = [halves(step, rank) for step in batches(8, 1)]
+    weights = train(DistributedDataParallel(model), optimizer, execution, data)
+    return {"weights": weights, "found": found, "sent": owners.sent}
+
+
+def optimizer_has_basis(rule, param) -> bool:
+    return has_basis(rule, tuple(param.shape))
+
+
 HELD = {
     "project": ("galore", {"rank": 4}),
     "fused": ("galore", {"rank": 4}),
@@ -147,7 +190,8 @@ def work(rank: int, port: int, out: str) -> None:
             for way, (name, settings) in HELD.items()
         }
         resumed = {str(way): is_the_same_when_resumed(*way, rank) for way in RESUMED}
-        Path(out, f"{rank}.pickle").write_bytes(pickle.dumps((found, held, resumed)))
+        shared = {name: shared_refreshes(case, rank) for name, case in SHARED.items()}
+        Path(out, f"{rank}.pickle").write_bytes(pickle.dumps((found, held, resumed, shared)))
     finally:
         dist.destroy_process_group()
 
@@ -173,13 +217,39 @@ def test_two_processes_make_the_steps_of_one(ranks, combination):
 
 @pytest.mark.parametrize("way", RESUMED, ids=str)
 def test_two_processes_go_on_from_a_loaded_state_with_the_same_bits(ranks, way):
-    assert [resumed[str(way)] for *_, resumed in ranks] == [True] * WORLD
+    assert [resumed[str(way)] for _, _, resumed, _ in ranks] == [True] * WORLD
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_each_basis_is_found_by_one_process_and_is_that_of_one_process_alone(ranks, name):
+    case = SHARED[name]
+    zero, one = (shared[name] for *_, shared in ranks)
+    assert all(torch.equal(a, b) for a, b in zip(zero["weights"], one["weights"], strict=True))
+
+    model = net()
+    optimizer = optimizer_for(case, model)
+    execution = execution_for("project" if case[0] == "galore" else "plain", optimizer, model)
+    looked = 0
+
+    def counted(param, rule, ctx, find):
+        nonlocal looked
+        looked += optimizer_has_basis(rule, param)
+        return find(), False
+
+    optimizer.refresh_owners = counted
+    alone = train(model, optimizer, execution, batches(8, 1))
+    bound = 2e-2 if "bits" in name else 2e-5  # sums in another order, rounded into few bits
+    assert max((a - b).abs().max().item() for a, b in zip(zero["weights"], alone, strict=True)) < bound
+    assert looked > 8
+    assert zero["found"] + one["found"] == looked
+    assert abs(zero["found"] - one["found"]) <= looked / 4
+    assert zero["sent"] > 0 < one["sent"]
 
 
 def test_one_layers_gradient_at_a_time_is_alive_and_the_reducer_gives_none_back(ranks):
     matrix, others = 64 * 128 * 4, 11 * 64 * 4 + 12 * (2 * 64 + 128) * 4
     accumulators = 24 * 4 * 128 * 4
-    for _, held, _ in ranks:
+    for _, held, *_ in ranks:
         assert held["fused"] <= matrix + 512 * 4
         assert held["fused, added to the momentum"] <= matrix + 512 * 4
         assert held["project"] <= accumulators + others + matrix + 512 * 100
