@@ -82,7 +82,7 @@ def sum_and_squares(x: Tensor) -> tuple[Tensor, Tensor]:
     for part in _pieces(x):
         piece = part.double() if part.dtype == torch.float64 else part.float()
         total += piece.sum(dtype=torch.float64)
-        squares += piece.double().square_().sum() if piece.numel() < 4096 else _squares(piece)
+        squares += piece.double().square().sum() if piece.numel() < 4096 else _squares(piece)
     return total, squares
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lowmem.numerics.held_weights import grad_of
+from lowmem.numerics.row_gradients import wide_norm
 from lowmem.run.execution import Execution, Mode
 
 
@@ -33,14 +34,12 @@ class ProjectInBackward(Execution):
     def _note_full_norm(self, param: Tensor) -> None:
         grad = grad_of(param)
         assert grad is not None
-        squares = torch.linalg.vector_norm(grad, dtype=torch.float32).square()
+        squares = wide_norm(grad).square()
         self._full_squares = squares if self._full_squares is None else self._full_squares + squares
 
     def _full_norm(self) -> Tensor | None:
         """Known where a step has one micro-batch, on one process: norms of parts of a sum do not add up."""
         if self._full_squares is None or self._processes > 1:
             return super()._full_norm()
-        squares = [
-            torch.linalg.vector_norm(grad, dtype=torch.float32).square() for grad in self._whole_gradients()
-        ]
+        squares = [wide_norm(grad).square() for grad in self._whole_gradients()]
         return torch.stack([self._full_squares, *squares]).sum().sqrt()

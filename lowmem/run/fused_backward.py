@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lowmem.numerics.held_weights import drop_grad_, grad_of, numel_of
+from lowmem.numerics.row_gradients import wide_norm
 from lowmem.optim.micro_batches import may_accumulate
 from lowmem.run.execution import Execution, Mode, Norms
 from lowmem.run.norms import clip_each_, is_finite
@@ -47,7 +48,7 @@ class FusedBackward(Execution):
         grad = grad_of(param)
         self._reduce(grad)
         assert grad is not None
-        is_usable = not self._drops and is_finite(torch.linalg.vector_norm(grad, dtype=torch.float32))
+        is_usable = not self._drops and is_finite(wide_norm(grad))
         del grad
         if not is_usable:
             self.not_finite[param] = None

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lowmem.numerics.row_gradients import wide_norm
+
 EPS = 1e-6
 """As torch.nn.utils.clip_grad_norm_ adds to a norm before it divides."""
 
 
 def norm_of(tensors: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of all entries of all `tensors`, a float32 scalar on the device of the first."""
+    """The 2-norm of all entries of all `tensors`, a float32 scalar, or a wider one, on the device of the first."""
     assert tensors, "a norm of nothing"
-    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
+    norms = [wide_norm(tensor) for tensor in tensors]
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 
@@ -38,8 +40,4 @@ def clip_each_(tensor: Tensor, max_norm: float, numel: int, total_numel: int) ->
     `numel` are the entries of the parameter, of `total_numel` that are trained. When every gradient is clipped
     so, the norm of all is at most `max_norm`, and none has to wait for another.
     """
-    clip_to_(
-        [tensor],
-        torch.linalg.vector_norm(tensor, dtype=torch.float32),
-        max_norm * math.sqrt(numel / total_numel),
-    )
+    clip_to_([tensor], wide_norm(tensor), max_norm * math.sqrt(numel / total_numel))

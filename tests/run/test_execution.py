@@ -52,8 +52,9 @@ class Net(nn.Module):
         x = self.embed(ids)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
+        logits = (x @ self.embed.weight.T).flatten(0, 1)
         return nn.functional.cross_entropy(
-            (x @ self.embed.weight.T).flatten(0, 1).float(), ids.roll(-1, 1).flatten()
+            logits.to(torch.promote_types(logits.dtype, torch.float32)), ids.roll(-1, 1).flatten()
         )
 
 
@@ -62,10 +63,11 @@ def net(dtype=torch.float32, **shape) -> Net:
     return Net(**shape).to(dtype)
 
 
-def batches(steps: int, micro_batches: int):
+def batches(steps: int, micro_batches: int, rows: int = 2):
     generator = torch.Generator().manual_seed(3)
     return [
-        [torch.randint(11, (2, 7), generator=generator) for _ in range(micro_batches)] for _ in range(steps)
+        [torch.randint(11, (rows, 7), generator=generator) for _ in range(micro_batches)]
+        for _ in range(steps)
     ]
 
 
@@ -126,6 +128,18 @@ def test_fused_makes_the_bits_of_plain_for_every_optimizer(case, dtype):
     data = batches(20, 1)
     plain, fused = run("plain", case, data, dtype=dtype), run("fused", case, data, dtype=dtype)
     assert all(torch.equal(a, b) for a, b in zip(plain, fused, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("mode", "clip"), [("plain", "full"), ("plain", "applied"), ("project", "applied"), ("fused", "tensor")]
+)
+def test_a_float64_model_is_clipped_like_a_float32_one(mode, clip):
+    ours, theirs = (
+        run(mode, GALORE, batches(6, 1), dtype=dtype, clip=clip, max_norm=0.05)
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert all(each.dtype == torch.float64 for each in ours)
+    assert furthest([each.float() for each in ours], theirs) < 1e-3
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not adds_to_momentum(case)], ids=case_id)
