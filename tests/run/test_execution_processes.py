@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lowmem.memory.measure import TrackedMeter
 from lowmem.optim import build_optimizer
 from lowmem.run.refresh_owners import has_basis
+from tests.optim.cases import CASES
 from tests.run.test_execution import GALORE, Net, batches, execution_for, net, optimizer_for, train
 
 WORLD = 2
@@ -49,15 +50,20 @@ RECOMPUTED = [
     )
 ]
 BY_WHOLE_NORM = [("plain", case, 3, "full") for case in (GALORE, ("adamw", {}))]
+IN_FLOAT64 = [
+    ("plain", next(case for case in CASES if case[0] == name), micro_batches, "full")
+    for name in ("adamw", "sgd_sai", "galore", "frugal", "swan", "sinkgd", "adafactor")
+    for micro_batches in (1, 2)
+]
 
 
 def halves(step: list[torch.Tensor], rank: int) -> list[torch.Tensor]:
     return [ids[rank::WORLD] for ids in step]
 
 
-def trained(combination, wrap, data):
+def trained(combination, wrap, data, dtype=torch.float32):
     mode, case, micro_batches, clip, *also = combination
-    model = net(recompute=bool(also))
+    model = net(dtype, recompute=bool(also))
     optimizer = optimizer_for(case, model)
     settings = {} if clip is None else {"clip": clip, "max_norm": 0.05}
     execution = execution_for(mode, optimizer, model, **settings)
@@ -185,6 +191,15 @@ def work(rank: int, port: int, out: str) -> None:
             )
             for combination in (*COMBINATIONS, *RECOMPUTED, *BY_WHOLE_NORM)
         }
+        found |= {
+            f"{combination} in float64": trained(
+                combination,
+                DistributedDataParallel,
+                lambda data: [halves(step, rank) for step in data],
+                torch.float64,
+            )
+            for combination in IN_FLOAT64
+        }
         held = {
             way: gradient_bytes_held(way.split(",")[0], name, settings, rank)
             for way, (name, settings) in HELD.items()
@@ -213,6 +228,14 @@ def test_two_processes_make_the_steps_of_one(ranks, combination):
     zero, one = (found[str(combination)] for found, *_ in ranks)
     assert all(torch.equal(a, b) for a, b in zip(zero, one, strict=True)), "the processes agree to the bit"
     assert max((a - b).abs().max().item() for a, b in zip(zero, alone, strict=True)) < 2e-5
+
+
+@pytest.mark.parametrize("combination", IN_FLOAT64, ids=str)
+def test_in_float64_two_processes_make_the_steps_of_one_to_1e_9(ranks, combination):
+    alone = trained(combination, lambda model: model, lambda data: data, torch.float64)
+    for found, *_ in ranks:
+        pairs = zip(found[f"{combination} in float64"], alone, strict=True)
+        assert max((a - b).abs().max().item() for a, b in pairs) < 1e-9
 
 
 @pytest.mark.parametrize("way", RESUMED, ids=str)

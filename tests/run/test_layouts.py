@@ -25,11 +25,24 @@ WORLD = 2
 STEPS = 8
 OF_EACH = {name: [case for case in CASES if case[0] == name][:2] for name in OPTIMIZERS}
 CHOSEN = [case for cases in OF_EACH.values() for case in cases]
+FIRST = [cases[0] for cases in OF_EACH.values()]
 TURNS = [
     *(case for case in CASES if case[1].get("projection") == "block"),
     ("block_adam", {"refresh_every": 3, "lr": 1e-2}),
 ]
 """Whose state is another at each turn."""
+OF_TWO = {
+    **{str(case): (case, {}) for case in [*CHOSEN, *TURNS]},
+    **{f"{case} resumed": (case, {"stop": 4}) for case in TURNS},
+    **{f"{case} in float64": (case, {"dtype": torch.float64}) for case in FIRST},
+}
+"""What two processes train, by name: a case and how."""
+OF_THREE = {
+    f"{name} {width} wide": (OF_EACH[name][0], {"width": width})
+    for name in ("sgd_sai", "galore", "swan", "frugal")
+    for width in (20, 4)
+}
+"""Rows that three processes cannot have as many of: 20 are 7, 7 and 6, 40 are 14, 14 and 12, 4 are 2, 2 and none."""
 MATRICES = 6 * 24 * 48
 """Values of the linear layers of `net`."""
 
@@ -48,14 +61,15 @@ def train(model, optimizer, data) -> list[torch.Tensor]:
     return [whole(param) for param in model.parameters()]
 
 
-def trained_in_rows(case, rank: int, data, stop: int = STEPS) -> tuple[list[torch.Tensor], dict]:
-    """All steps of `data`; those after the first `stop` by another optimizer that has loaded what this one saved."""
-    model, optimizer, steps, whole_bytes = in_rows(case)
-    data = [[ids[rank::WORLD] for ids in step] for step in data]
+def trained_in_rows(case, stop: int = STEPS, **shape) -> tuple[list[torch.Tensor], dict]:
+    """All steps; those after the first `stop` by another optimizer that has loaded what this one saved."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model, optimizer, steps, whole_bytes = in_rows(case, **shape)
+    data = [[ids[rank::world] for ids in step] for step in batches(STEPS, 1, rows=world)]
     weights = train(model, optimizer, data[:stop])
     if stop < len(data):
         saved, trained = saved_pieces(steps.pieces), model
-        model, optimizer, steps, _ = in_rows(case)
+        model, optimizer, steps, _ = in_rows(case, **shape)
         for new, old in zip(model.parameters(), trained.parameters(), strict=True):
             new.data.copy_(old.data)
         load_pieces_(steps.pieces, saved)
@@ -70,13 +84,13 @@ def trained_in_rows(case, rank: int, data, stop: int = STEPS) -> tuple[list[torc
     }
 
 
-def in_rows(case):
-    model = net()
+def in_rows(case, **shape):
+    model = net(**shape)
     optimizer = optimizer_for(case, model)
     whole_bytes = optimizer.state_bytes()
     names = [list(group["param_names"]) for group in optimizer.param_groups]
     by_name = dict(model.named_parameters())
-    mesh = init_device_mesh("cpu", (WORLD,))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -89,39 +103,65 @@ def in_rows(case):
     return model, optimizer, attach_to_fsdp2(optimizer, model), whole_bytes
 
 
-def work(rank: int, port: int, out: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def work(rank: int, ports: list[int], out: str) -> None:
+    """Three processes, and then the first two of them."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    try:
-        found = {str(case): trained_in_rows(case, rank, batches(STEPS, 1)) for case in [*CHOSEN, *TURNS]}
-        found |= {f"{case} resumed": trained_in_rows(case, rank, batches(STEPS, 1), stop=4) for case in TURNS}
-        Path(out, f"{rank}.pickle").write_bytes(pickle.dumps(found))
-    finally:
-        dist.destroy_process_group()
+    found = {}
+    for port, (world, jobs) in zip(ports, ((3, OF_THREE), (WORLD, OF_TWO)), strict=True):
+        if rank >= world:
+            continue
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        dist.init_process_group("gloo", rank=rank, world_size=world)
+        try:
+            found |= {name: trained_in_rows(case, **how) for name, (case, how) in jobs.items()}
+        finally:
+            dist.destroy_process_group()
+    Path(out, f"{rank}.pickle").write_bytes(pickle.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What two processes have trained, all cases in one start."""
+def three(tmp_path_factory):
+    """What three processes have trained, all cases in one start; the first two have also what two have trained."""
     out = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes.spawn(work, args=(port, str(out)), nprocs=WORLD)
-    return [pickle.loads((out / f"{rank}.pickle").read_bytes()) for rank in range(WORLD)]
+    with socket.socket() as one, socket.socket() as other:
+        ports = [free.bind(("127.0.0.1", 0)) or free.getsockname()[1] for free in (one, other)]
+    processes.spawn(work, args=(ports, str(out)), nprocs=3)
+    return [pickle.loads((out / f"{rank}.pickle").read_bytes()) for rank in range(3)]
+
+
+@pytest.fixture(scope="module")
+def ranks(three):
+    return three[:WORLD]
+
+
+def furthest_from_one_process(found: list, case, **shape) -> tuple[float, float]:
+    """The largest difference of a weight, and the distance that the weights have moved."""
+    model = net(**shape)
+    alone = train(model, optimizer_for(case, model), batches(STEPS, 1, rows=len(found)))
+    ours, *others = (weights for weights, _ in found)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(ours, other, strict=True))
+    moved = max((a - b).abs().max().item() for a, b in zip(alone, net(**shape).parameters(), strict=True))
+    assert moved > 0
+    return max((a - b).abs().max().item() for a, b in zip(ours, alone, strict=True)), moved
 
 
 @pytest.mark.parametrize("case", [*CHOSEN, *TURNS], ids=case_id)
 def test_rows_over_two_processes_make_the_steps_of_one(ranks, case):
-    model = net()
-    alone = train(model, optimizer_for(case, model), batches(STEPS, 1))
-    (zero, _), (one, _) = (found[str(case)] for found in ranks)
-    assert all(torch.equal(a, b) for a, b in zip(zero, one, strict=True))
-    start = list(net().parameters())
-    moved = max((a - b).abs().max().item() for a, b in zip(alone, start, strict=True))
-    assert moved > 0
-    assert max((a - b).abs().max().item() for a, b in zip(zero, alone, strict=True)) < max(5e-5, 1e-3 * moved)
+    furthest, moved = furthest_from_one_process([found[str(case)] for found in ranks], case)
+    assert furthest < max(5e-5, 1e-3 * moved)
+
+
+@pytest.mark.parametrize("case", FIRST, ids=case_id)
+def test_in_float64_rows_over_two_processes_make_the_steps_of_one_to_1e_9(ranks, case):
+    found = [found[f"{case} in float64"] for found in ranks]
+    assert furthest_from_one_process(found, case, dtype=torch.float64)[0] < 1e-9
+
+
+@pytest.mark.parametrize("name", OF_THREE)
+def test_three_processes_with_rows_that_they_cannot_share_equally_make_the_steps_of_one(three, name):
+    case, shape = OF_THREE[name]
+    furthest, moved = furthest_from_one_process([found[name] for found in three], case, **shape)
+    assert furthest < max(5e-5, 1e-3 * moved)
 
 
 @pytest.mark.parametrize("case", CHOSEN, ids=case_id)
