@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lowmem.optim import AdamW, Apollo
+from lowmem.optim.projection_scaled import ProjectionScaled
 from tests.optim.device_calls import WAITS, Calls
 from tests.optim.live_bytes import PeakOfNewBytes
 from tests.optim.test_fira import gaussian, stepped, wide
@@ -171,3 +172,30 @@ def test_mini_needs_a_few_tiles_for_a_large_matrix():
 def test_wrong_settings_are_one_clear_error_at_construction(changes, words):
     with pytest.raises(ValueError, match=words):
         Apollo([torch.nn.Parameter(torch.zeros(8, 8))], **changes)
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)], ids=str)
+@each_kind
+def test_it_agrees_with_apollo_torch_in_the_same_projection(monkeypatch, shape, settings):
+    """Their limiter is off: it sees Adam's step before its bias is corrected."""
+    apollo_torch = pytest.importorskip("apollo_torch", reason="needs the extra [peers]")
+    from apollo_torch.random_projector import GradientProjector
+
+    rank, scaling = settings["rank"], settings.get("scaling", "channel")
+    P = gaussian(min(shape), rank) / rank**0.5
+    monkeypatch.setattr(ProjectionScaled, "_drawn", lambda self, G, ctx: P)
+    monkeypatch.setattr(
+        GradientProjector,
+        "get_orthogonal_matrix",
+        lambda self, weights, rank, type, seed: P if type == "left" else P.T,
+    )
+    ours, theirs = torch.nn.Parameter(torch.ones(shape)), torch.nn.Parameter(torch.ones(shape))
+    a = Apollo([ours], lr=1e-2, eps=1e-12, scale=4.0, growth_limit=None, **settings)
+    group = {"params": [theirs], "rank": rank, "update_proj_gap": 200, "scale": 4.0}
+    group |= {"proj": "random", "proj_type": "std", "scale_type": scaling}
+    b = apollo_torch.APOLLOAdamW([group], lr=1e-2, eps=1e-12, disable_nl=True, no_deprecation_warning=True)
+    for step in range(10):
+        grad = gaussian(*shape, seed=step)
+        ours.grad, theirs.grad = grad, grad.clone()
+        a.step(), b.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -172,3 +172,21 @@ def test_between_refreshes_no_step_waits_for_the_device():
 def test_wrong_settings_are_one_clear_error_at_construction(changes, words):
     with pytest.raises(ValueError, match=words):
         Fira([torch.nn.Parameter(torch.zeros(8, 8))], **changes)
+
+
+@each_shape
+def test_it_agrees_with_fira_where_that_is_right(shape):
+    """With their residual (`compat`) and eps small; their limiter sees Adam's step before its bias is corrected."""
+    fira = pytest.importorskip("fira", reason="needs the extra [peers]")
+    settings = {"rank": 3, "projection": "svd", "refresh_every": 4, "stagger": False, "scale": 0.25}
+    ours, theirs = torch.nn.Parameter(torch.ones(shape)), torch.nn.Parameter(torch.ones(shape))
+    a = Fira([ours], lr=1e-2, eps=1e-12, betas=(0.0, 0.999), compat=True, growth_limit=None, **settings)
+    group = {"params": [theirs], "rank": 3, "update_proj_gap": 4, "alpha": 0.25, "proj_type": "std"}
+    b = fira.FiraAdamW([group], lr=1e-2, eps=1e-12, betas=(0.0, 0.999), no_deprecation_warning=True)
+    for step in range(10):
+        # Growing too slowly for a limiter to see it, and so that no singular value is another's equal.
+        grad = gaussian(*shape, seed=step) * torch.linspace(1, 3, shape[1]) * 0.9**step
+        ours.grad, theirs.grad = grad, grad.clone()
+        b.state[theirs].pop("scaling_grad", None)
+        a.step(), b.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
