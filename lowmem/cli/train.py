@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lowmem.cli.arguments import Arguments
 from lowmem.recipe.load import load_recipe
+from lowmem.run.one_voice import all_or_none, one_tells
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -17,7 +18,8 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_recipe()
     parser.add_overrides()
     options = parser.read(arguments)
-    recipe = load_recipe(options.recipe, options.overrides)
+    with one_tells(), all_or_none():
+        recipe = load_recipe(options.recipe, options.overrides)
     from lowmem.hf.flow import train
 
     return train(recipe)

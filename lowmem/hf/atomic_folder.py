@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from lowmem.errors import FaultError, RefusedError
+from lowmem.run.one_voice import has_lost_a_process
 
 
 def publish_folder(unfinished: Path, final: Path) -> None:
@@ -81,7 +82,7 @@ def disk_faults_explained(what: str, last_good: Path | Callable[[], Path | None]
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise  # FaultError too, which says its own
         raise FaultError(
-            f"{what} could not be written: {error}. {_intact(last_good)} Free some disk space and run again."
+            f"{what} could not be written: {error}. {what_is_intact(last_good)} Free some disk space and run again."
         ) from error
 
 
@@ -92,12 +93,20 @@ def checkpoint_faults_explained(checkpoint: Path) -> Iterator[None]:
         yield
     except (RefusedError, torch.OutOfMemoryError):
         raise  # nothing is damaged
+    except RuntimeError as error:
+        if has_lost_a_process(error):
+            raise
+        raise _unreadable(checkpoint, error) from error
     # A file that was cut short or overwritten raises whatever its reader stumbles over.
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FaultError(
-            f"{checkpoint} cannot be read: {reason} Delete this folder to continue from the checkpoint before it."
-        ) from error
+        raise _unreadable(checkpoint, error) from error
+
+
+def _unreadable(checkpoint: Path, error: Exception) -> FaultError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return FaultError(
+        f"{checkpoint} cannot be read: {reason} Delete this folder to continue from the checkpoint before it."
+    )
 
 
 @contextmanager
@@ -109,12 +118,12 @@ def worker_faults_explained(last_good: Callable[[], Path | None] | None) -> Iter
         if not str(error).startswith("DataLoader worker"):
             raise
         raise FaultError(
-            f"A process that prepares batches ended: {str(error).splitlines()[0]} {_intact(last_good)} "
+            f"A process that prepares batches ended: {str(error).splitlines()[0]} {what_is_intact(last_good)} "
             "The usual cause is too little host memory, or too small a /dev/shm; free some and run again."
         ) from error
 
 
-def _intact(last_good: Path | Callable[[], Path | None] | None) -> str:
+def what_is_intact(last_good: Path | Callable[[], Path | None] | None) -> str:
     """`last_good` as it is now, after the fault."""
     checkpoint = last_good() if callable(last_good) else last_good
     return (

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from transformers.trainer_callback import TrainerState
 
-from lowmem.errors import FaultError, RecipeError, RefusedError
+from lowmem.errors import FaultError
+from lowmem.hf.atomic_folder import what_is_intact
 from lowmem.hf.ending import Findings, evaluate_at_the_end, let_go, report, save_final_model
 from lowmem.hf.interrupt import EXIT_CODE, Interrupt
 from lowmem.hf.out_of_memory import out_of_memory_advice
-from lowmem.hf.run_folder import STATE_FILE, step_of
+from lowmem.hf.run_folder import STATE_FILE, RunFolder, step_of
 from lowmem.hf.setup import Run, prepare_run
 from lowmem.recipe.schema import Recipe
+from lowmem.run.one_voice import all_or_none, has_lost_a_process, one_tells
 
 DONE = 0
 
@@ -22,22 +26,35 @@ def train(recipe: Recipe) -> int:
     """Run `recipe`; 0 when it is done, 130 when it was interrupted with a checkpoint saved.
 
     Raises RecipeError (exit code 2) for a recipe that is wrong, RefusedError (4) for a combination that
-    cannot work, FaultError (5) for a full disk, too little device memory or a loss that stays non-finite.
+    cannot work, FaultError (5) for a full disk, too little device memory, a loss that stays non-finite or a process
+    of the launch that has ended. Of several processes one raises it, and the others end with its exit code.
     """
     interrupt = Interrupt()
-    try:
+    with one_tells(), faults_explained(recipe):
         code, findings = train_and_save(recipe, interrupt)
         if findings is not None:
             report(findings)
-    except (RecipeError, RefusedError) as error:
-        if int(os.environ.get("RANK", "0")) > 0:
-            raise SystemExit(error.exit_code) from error  # every process finds the mistake, one tells it
-        raise
+    return code
+
+
+@contextmanager
+def faults_explained(recipe: Recipe) -> Iterator[None]:
+    """Turn what libraries raise for too little memory and for a process that is gone into a FaultError."""
+    try:
+        yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error):
             raise FaultError(out_of_memory_advice(recipe, error)) from error
+        if has_lost_a_process(error):
+            assert recipe.save.dir is not None
+            newest = RunFolder(Path(recipe.save.dir).expanduser()).newest_checkpoint()
+            go_on = "" if newest is None else " The same command continues from it."
+            raise FaultError(
+                "Another process of this launch has ended or no longer answers, and training cannot go on without it. "
+                "The launcher says below which one; exit code -9 is a process that was killed, often for want of host "
+                f"memory. {what_is_intact(newest)}{go_on}"
+            ) from error
         raise
-    return code
 
 
 def train_and_save(recipe: Recipe, interrupt: Interrupt) -> tuple[int, Findings | None]:
@@ -45,7 +62,8 @@ def train_and_save(recipe: Recipe, interrupt: Interrupt) -> tuple[int, Findings 
 
     Ctrl-C ends the set-up at once, and what comes after it in order.
     """
-    run = prepare_run(recipe, interrupt)
+    with all_or_none():
+        run = prepare_run(recipe, interrupt)
     with interrupt, run.watch.closed_at_the_end():
         if not train_to_the_end(run):
             return EXIT_CODE, None

@@ -30,7 +30,7 @@ from lowmem.hf.disk import optimizer_states_to_come, refuse_too_small_disk
 from lowmem.hf.environment import describe_environment
 from lowmem.hf.evaluation import HeldOut
 from lowmem.hf.interrupt import Interrupt
-from lowmem.hf.launch import SHARDED, WITHOUT_WHOLE_WEIGHTS, launched_strategy
+from lowmem.hf.launch import SHARDED, WITHOUT_WHOLE_WEIGHTS, strategy_for
 from lowmem.hf.make_optimizer import float_bytes, make_optimizer, model_bytes, trainable_bytes
 from lowmem.hf.memory_snapshot import FILE as SNAPSHOT
 from lowmem.hf.memory_snapshot import SnapshotOfAStep
@@ -53,6 +53,7 @@ from lowmem.run.checkpoint import newest_with_optimizer_state, step_of
 from lowmem.run.checkpoint_interval import read_interval
 from lowmem.run.checkpoint_probe import checksum_bytes_per_second
 from lowmem.run.folder_lock import FolderLock, lock_folder
+from lowmem.run.one_voice import all_or_none
 
 SAVED_WHOLE_ON_TRIAL_BYTES = 2**26
 
@@ -96,7 +97,9 @@ def prepare_run(recipe: Recipe, interrupt: Interrupt) -> Run:
 
     Raises RecipeError, RefusedError or FaultError for whatever would keep the run from working.
     """
-    folder = open_run_folder(recipe)
+    with all_or_none():  # before the processes wait for each other
+        folder = open_run_folder(recipe)
+        strategy = strategy_for(recipe)
     args = training_arguments(recipe, folder.path)
     is_main = args.process_index == 0
     say: Say = _say if is_main else _stay_silent
@@ -109,17 +112,18 @@ def prepare_run(recipe: Recipe, interrupt: Interrupt) -> Run:
             write_atomically(folder.recipe, dump_recipe(recipe))
             write_atomically(folder.environment, json.dumps(describe_environment(args.world_size), indent=2))
 
-    tokenizer = load_tokenizer(recipe.model)
-    train_rows = prepare(
-        recipe.data.train, recipe.data, tokenizer, seed=recipe.train.seed, where="data.train"
-    )
-    held_out = None
-    if recipe.data.eval is not None:
-        eval_rows = prepare(
-            recipe.data.eval, recipe.data, tokenizer, seed=recipe.train.seed, where="data.eval"
+    with all_or_none():  # each reads files of its own machine
+        tokenizer = load_tokenizer(recipe.model)
+        train_rows = prepare(
+            recipe.data.train, recipe.data, tokenizer, seed=recipe.train.seed, where="data.train"
         )
-        held_out = HeldOut(recipe, eval_rows, tokenizer)
-        say(data_summary("data.eval", eval_rows))
+        held_out = None
+        if recipe.data.eval is not None:
+            eval_rows = prepare(
+                recipe.data.eval, recipe.data, tokenizer, seed=recipe.train.seed, where="data.eval"
+            )
+            held_out = HeldOut(recipe, eval_rows, tokenizer)
+            say(data_summary("data.eval", eval_rows))
     say(data_summary("data.train", train_rows))
     say(f"the first row, trained part in brackets:\n{train_rows.sample}")
     if train_rows.template is not None:
@@ -129,7 +133,6 @@ def prepare_run(recipe: Recipe, interrupt: Interrupt) -> Run:
     assert isinstance(tokenizer.pad_token_id, int), "load_tokenizer sets a pad token"
     to_batch = collate(tokenizer.pad_token_id)
     shortest = min(range(len(rows)), key=lambda index: len(train_rows.examples[index].input_ids))
-    strategy = launched_strategy()
     # A model that is to be divided need never fit one device; who divides it moves the pieces.
     device = torch.device("cpu") if strategy in WITHOUT_WHOLE_WEIGHTS else args.device
     with loaded_whole():

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import lowmem.hf.ending
 from lowmem.cli.main import main
 from lowmem.hf.flow import train
-from tests.hf.test_sharded_runs import OPTIMIZER, launched, with_deepspeed
+from tests.hf.launches import OPTIMIZER, launched, with_deepspeed
 from tests.hf.tiny_runs import tiny_recipe, write_model, write_recipe
 
 SETTINGS = (

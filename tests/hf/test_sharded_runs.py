@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
-import subprocess
-import sys
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -15,28 +15,12 @@ from safetensors.torch import load_file
 
 import lowmem.hf.ending
 from lowmem.hf.flow import train
+from tests.hf.launches import SETTINGS, ended, launched, ranks_of, rows_of, start, with_deepspeed
 from tests.hf.tiny_runs import tiny_recipe, write_model, write_recipe
 
-ROOT = Path(__file__).parents[2]
-DEEPSPEED = Path(sys.prefix, "deepspeed")
-"""Beside the environment and not in it: Accelerate imports it everywhere it finds it."""
+STEPS = 16
+OF_TWO = (*SETTINGS, f"train.max_steps={STEPS}", "eval.every=8", "train.per_device_batch_size=2")
 
-# A rule for matrices, and for the rest a large eps: what differs is then sums of gradients, not signs of the smallest.
-OPTIMIZER = "optimizer={name: sinkgd, lr: 1.0e-2, clip: full, fallback: {name: adamw, eps: 1.0e-3}}"
-SETTINGS = (
-    OPTIMIZER,
-    "train.max_steps=4",
-    "train.max_grad_norm=0.5",
-    "train.gradient_accumulation_steps=2",
-    "save.every=2",
-    "save.optimizer_states=all",
-    "eval.every=2",
-    "report.log_every=1",
-)
-
-with_deepspeed = pytest.mark.skipif(
-    not DEEPSPEED.is_dir(), reason="needs DeepSpeed beside the environment: make test puts it there"
-)
 STRATEGIES = [
     "fsdp2",
     pytest.param("zero3", marks=with_deepspeed),
@@ -45,57 +29,96 @@ STRATEGIES = [
 ]
 
 
-def launched(strategy: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / "recipes" / "accelerate" / f"{strategy}.yaml")]
-    path = os.pathsep.join([str(ROOT), str(DEEPSPEED), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return subprocess.run(
-        [*command, "-m", "lowmem.train", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a strategy's whole run, made once."""
+    folders: dict[str, Path] = {}
+
+    def folder_of(strategy: str) -> Path:
+        if strategy not in folders:
+            folder = folders[strategy] = tmp_path_factory.mktemp(strategy)
+            recipe = write_recipe(folder, write_model(folder / "model"))
+            done = launched(strategy, str(recipe), *OF_TWO)
+            assert done.returncode == 0, done.stderr[-3000:]
+            assert done.stdout.count("data.train:") == 1, "one process speaks"
+        return folders[strategy]
+
+    return folder_of
 
 
-def rows_of(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def assert_same_bits(folder: Path, again: Path) -> None:
+    whole, resumed = (load_file(run / "model" / "model.safetensors") for run in (folder / "run", again))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_processes_train_the_weights_of_one_and_go_on_with_the_same_bits(tmp_path, monkeypatch, strategy):
-    model = write_model(tmp_path / "model")
-    recipe = write_recipe(tmp_path, model)
-    done = launched(strategy, str(recipe), *SETTINGS, "train.per_device_batch_size=2")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("data.train:") == 1, "one process speaks"
-
+def test_two_processes_train_the_weights_of_one(tmp_path, monkeypatch, trained, strategy):
+    folder = trained(strategy)
     monkeypatch.setattr(lowmem.hf.ending, "write_report", lambda folder: folder / "report.md")
     single = tiny_recipe(
-        tmp_path, model, *SETTINGS, "train.per_device_batch_size=4", f"save.dir={tmp_path / 'single'}"
+        tmp_path,
+        folder / "model",
+        *OF_TWO,
+        "train.per_device_batch_size=4",
+        f"save.dir={tmp_path / 'single'}",
     )
     assert train(single) == 0
-    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("single", "run"))
-    start = load_file(model / "model.safetensors")
+    one, two = (
+        load_file(run / "model" / "model.safetensors") for run in (tmp_path / "single", folder / "run")
+    )
+    begun = load_file(folder / "model" / "model.safetensors")
     assert one.keys() == two.keys()
-    moved = max((one[name] - start[name]).abs().max().item() for name in one)
+    moved = max((one[name] - begun[name]).abs().max().item() for name in one)
     assert moved > 1e-3
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-3 * moved
-    for left, right in zip(rows_of(tmp_path / "single"), rows_of(tmp_path / "run"), strict=True):
+    for left, right in zip(rows_of(tmp_path / "single"), rows_of(folder / "run"), strict=True):
         assert left["step"] == right["step"]
         for name in ("loss", "eval_loss", "tokens", "lr", "full_grad_norm"):
             if left.get(name) is not None and right.get(name) is not None:
                 assert left[name] == pytest.approx(right[name], rel=1e-4)
 
-    again = tmp_path / "again"
+
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+def test_a_run_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path, trained, strategy):
+    folder, again, step = trained(strategy), tmp_path / "again", STEPS - 2
     again.mkdir()
-    shutil.copytree(tmp_path / "run" / "checkpoint-2", again / "checkpoint-2")
-    text = (tmp_path / "run" / "recipe.yaml").read_text()
-    (again / "recipe.yaml").write_text(text.replace(str(tmp_path / "run"), str(again)))
-    resumed = launched(strategy, str(recipe), *SETTINGS, "train.per_device_batch_size=2", f"save.dir={again}")
+    shutil.copytree(folder / "run" / f"checkpoint-{step}", again / f"checkpoint-{step}")
+    text = (folder / "run" / "recipe.yaml").read_text()
+    (again / "recipe.yaml").write_text(text.replace(str(folder / "run"), str(again)))
+    resumed = launched(strategy, str(folder / "sums.yaml"), *OF_TWO, f"save.dir={again}")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert "continuing from step 2" in resumed.stdout
-    end = load_file(again / "model" / "model.safetensors")
-    assert all(torch.equal(end[name], two[name]) for name in two)
+    assert f"continuing from step {step}" in resumed.stdout
+    assert_same_bits(folder, again)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "victim"),
+    [
+        ("fsdp2", 1),
+        pytest.param("fsdp2", 0, marks=pytest.mark.slow),
+        pytest.param("zero3", 1, marks=[with_deepspeed, pytest.mark.slow]),
+    ],
+)
+def test_a_killed_process_ends_the_launch_with_one_message_and_the_same_command_goes_on_with_the_same_bits(
+    tmp_path, trained, strategy, victim
+):
+    folder, again = trained(strategy), tmp_path / "again"
+    command = (strategy, str(folder / "sums.yaml"), *OF_TWO, f"save.dir={again}")
+    launcher = start(*command)
+    while not (again / "checkpoint-2").is_dir():
+        assert launcher.poll() is None, launcher.communicate()[1][-3000:]
+        time.sleep(0.01)
+    os.kill(ranks_of(launcher.pid)[victim], signal.SIGKILL)
+    killed = ended(launcher, seconds=120)
+    assert killed.returncode != 0
+    assert killed.stderr.count("Another process of this launch has ended") == 1
+    saved = re.search(r"The last complete checkpoint is (\S+)\. The same command continues", killed.stderr)
+    assert saved
+    assert Path(saved[1]).parent == again
+    assert "lowmem/hf" not in killed.stderr, "no traceback of ours"
+    assert "exitcode  : -9" in killed.stderr
+
+    resumed = launched(*command)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert int(re.search(r"continuing from step (\d+)", resumed.stdout)[1]) < STEPS
+    assert_same_bits(folder, again)
