@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -52,6 +53,7 @@ def training_arguments(recipe: Recipe, output_dir: Path, *, use_cpu: bool | None
         dataloader_pin_memory=not use_cpu,
         ddp_find_unused_parameters=False,
         average_tokens_across_devices=True,
+        accelerator_config=reduced_in_each_micro_batch() if strategy == "fsdp2" else None,
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if args.world_size != launched:
@@ -65,6 +67,14 @@ def training_arguments(recipe: Recipe, output_dir: Path, *, use_cpu: bool | None
     # Several visible GPUs in one process would make the Trainer fall back to nn.DataParallel.
     args._n_gpu = min(args.n_gpu, 1)
     return args
+
+
+def reduced_in_each_micro_batch() -> dict[str, Any]:
+    """By default FSDP2 keeps every gradient whole, in every process, until the last micro-batch.
+
+    So a gradient is divided as soon as it is there; what is sent for it is sent in each micro-batch.
+    """
+    return {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
 
 
 def prepare_accelerate_(recipe: Recipe, strategy: Strategy) -> None:

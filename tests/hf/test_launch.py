@@ -7,6 +7,7 @@ import json
 import pytest
 
 from lowmem.errors import RefusedError
+from lowmem.hf import training_arguments
 from lowmem.hf.flow import train
 from lowmem.hf.launch import launched_strategy, strategy_for
 from lowmem.run.checkpoint import seal
@@ -95,3 +96,13 @@ def test_state_that_another_number_of_processes_has_saved_is_refused_and_not_lef
     seal(checkpoint, step=2)
     with pytest.raises(RefusedError, match=r"no optimizer\.pt.*Continue with the launch that saved it"):
         train(tiny_recipe(tmp_path, model, "train.max_steps=4", "save.every=1", "save.keep=1"))
+
+
+def test_fsdp2_divides_each_gradient_in_each_micro_batch(environment, tmp_path, monkeypatch):
+    environment({**FSDP, "FSDP_VERSION": "2"})
+    for name in ("prepare_accelerate_", "refuse_other_strategy"):  # which need several processes
+        monkeypatch.setattr(training_arguments, name, lambda *_: None)
+    monkeypatch.setattr(training_arguments, "SHARDED", ())
+    recipe = tiny_recipe(tmp_path, write_model(tmp_path / "model"))
+    args = training_arguments.training_arguments(recipe, tmp_path / "run", use_cpu=True)
+    assert args.accelerator_config.gradient_accumulation_kwargs == {"sync_each_batch": True}
