@@ -11,7 +11,7 @@ from torch import Tensor
 from lowmem.run.layouts.pieces import Piece
 
 BATCH_NUMEL = 1 << 26
-"""Values of whole matrices that come together at one time, over all processes; a larger matrix comes alone."""
+"""Values of whole matrices that come together at one time at each owner; a larger matrix comes alone."""
 
 
 class Exchange:
@@ -123,12 +123,13 @@ class Exchange:
         return list(received.split(sizes))
 
 
-def batches_of(pieces: Sequence[Piece], limit: int = BATCH_NUMEL) -> list[slice]:
-    """Neighbours that come together at one time."""
-    found, start, numel = [], 0, 0
-    for index, piece in enumerate(pieces):
-        if index > start and numel + piece.numel > limit:
+def batches_of(pieces: Sequence[Piece], owners: Sequence[int]) -> list[slice]:
+    """Neighbours that come together at one time, so that their owners work at the same time."""
+    found, start = [], 0
+    load: dict[int, int] = {}
+    for index, (piece, owner) in enumerate(zip(pieces, owners, strict=True)):
+        if owner in load and load[owner] + piece.numel > BATCH_NUMEL:
             found.append(slice(start, index))
-            start, numel = index, 0
-        numel += piece.numel
+            start, load = index, {}
+        load[owner] = load.get(owner, 0) + piece.numel
     return [*found, slice(start, len(pieces))] if pieces else []

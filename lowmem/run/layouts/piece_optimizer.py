@@ -139,10 +139,16 @@ class PieceOptimizer(LowMemOptimizer):
                 own.update({STEPS: settings[STEPS]} if STEPS in settings else {})
 
     def _step_those(self, params: list[Tensor], settings: dict[str, Any]) -> None:
+        """Matrices that travel go first: whoever updates some of its own before would let all others wait."""
         whole = [param for param in params if param in self._owner]
         self._step_pieces([param for param in params if param not in self._owner], settings)
-        for batch in batches_of([self._pieces[param] for param in whole]):
-            self._step_whole(whole[batch], settings)
+        split = [param for param in whole if len(self._pieces[param].holders) > 1]
+        owners = [self._owner[param] for param in split]
+        for batch in batches_of([self._pieces[param] for param in split], owners):
+            self._step_whole(split[batch], settings)
+        for param in whole:
+            if len(self._pieces[param].holders) < 2:
+                self._step_whole([param], settings)
 
     def _with_gradients(self, params: list[Tensor]) -> list[Tensor]:
         """Those of which any process has a gradient; all processes must do the same with each of them."""
