@@ -34,17 +34,34 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--search", action="store_true", help="with --gpu: how long and how many rows each method can train"
     )
+    parser.add_argument(
+        "--world", metavar="N", type=int, help="of N processes that train together, the fullest, by formula"
+    )
+    parser.add_argument(
+        "--strategy",
+        metavar="NAME",
+        help="with --world: ddp, fsdp2, zero1, zero2 or zero3, or the recipe's own",
+    )
     parser.add_argument("--png", metavar="FILE", help="draw the parts and the baselines into FILE")
     parser.add_json()
     options = parser.read(arguments)
     recipe = load_recipe(options.recipe, options.overrides, files_must_exist=False)
     if options.png is not None and not Path(options.png).absolute().parent.is_dir():
         raise RecipeError(f"lowmem plan: --png {options.png}: there is no folder {Path(options.png).parent}.")
+    if options.search and options.world is not None:
+        raise RecipeError("lowmem plan: --search is of one device. Leave out --world, or --search.")
     if options.search:
         return _search(recipe, options)
     from lowmem.hf.plan import plan
 
-    found = plan(recipe, gpu=options.gpu, full_rows=options.full_rows, formula=options.formula)
+    found = plan(
+        recipe,
+        gpu=options.gpu,
+        full_rows=options.full_rows,
+        formula=options.formula,
+        world=options.world,
+        strategy=options.strategy,
+    )
     if options.png is not None:
         from lowmem.memory.plots import plot_memory
 
@@ -81,9 +98,11 @@ def _title(document: dict[str, Any]) -> str:
         if at["trained_parameters"] == at["parameters"]
         else f"{at['trained_parameters']:,} trained"
     )
+    of_each = " in each process" if at["world_size"] > 1 else ""
     return (
         f"{at['model']}, {at['parameters']:,} parameters, {trained}, {at['dtype']}, {at['optimizer']}; "
         f"{at['gradient_accumulation_steps']} x {at['per_device_batch_size']} x {at['sequence_length']} tokens a step"
+        f"{of_each}"
     )
 
 

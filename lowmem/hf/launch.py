@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from lowmem.errors import RefusedError
 from lowmem.recipe.schema import Recipe
 
@@ -57,16 +55,19 @@ def strategy_for(recipe: Recipe) -> Strategy:
             "set distributed.strategy: auto."
         )
     if launched in SHARDED:
-        _refuse_what_pieces_cannot_do(recipe, launched)
+        refuse_what_pieces_cannot_do(recipe, launched)
     return launched
 
 
 def rehearses() -> bool:
     """Whether this machine has no accelerator, so that its processes talk through gloo."""
+    import torch
+
     return not torch.cuda.is_available()
 
 
-def _refuse_what_pieces_cannot_do(recipe: Recipe, strategy: Strategy) -> None:
+def refuse_what_pieces_cannot_do(recipe: Recipe, strategy: Strategy) -> None:
+    """Raises RefusedError, with what can be done instead; `strategy` is one of SHARDED."""
     said = f"under {strategy}"
     if recipe.model.weights != "bf16":
         raise RefusedError(

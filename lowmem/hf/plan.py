@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowmem.errors import RefusedError
+from lowmem.errors import RecipeError, RefusedError
 from lowmem.hf.conditions import conditions
 from lowmem.hf.config_file import config_file
+from lowmem.hf.divided_plan import divided_plan
 from lowmem.memory.architecture import Architecture
 from lowmem.memory.cards import Card, card, fits
 from lowmem.memory.document import BASELINES
@@ -30,13 +31,16 @@ def plan(
     gpu: str | None = None,
     full_rows: bool = False,
     formula: bool = False,
+    world: int | None = None,
+    strategy: str | None = None,
 ) -> MemoryPlan:
     """What training `recipe` takes on a GPU, from its model's configuration alone: no weights, no data are read.
 
     gpu: a size (12GiB) or a card's name (rtx4070), by default the GPU of this machine; with it the plan says
     whether the run fits and, where it does not, which changes would make it. full_rows: rows that need
     neither padding nor packing, so that attention needs no mask. formula: an estimate in a second or two, for
-    the families of decoders it knows, instead of a simulation of the steps.
+    the families of decoders it knows, instead of a simulation of the steps. world: processes that train together; the
+    plan is then of the fullest of them, by formula, under `strategy`, by default the recipe's distributed.strategy.
 
     The peak and its parts are those of training, as a run measures them; whether it fits is asked of all that
     is simulated, evaluations included.
@@ -47,6 +51,10 @@ def plan(
     device = None if gpu is None else card(gpu)
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides, files_must_exist=False)
+    if world is not None:
+        return divided_plan(recipe, device, world, strategy, full_rows=full_rows)
+    if strategy is not None:
+        raise RecipeError(f"--strategy {strategy} needs the number of processes: --world 8.")
     return (
         _plan_by_formula(recipe, device, full_rows)
         if formula

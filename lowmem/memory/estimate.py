@@ -106,7 +106,7 @@ def estimate_method(
     moments.append(("optimizer", {**end, "other": always["other"] + batch}))
     phase, parts = max(moments, key=lambda moment: sum(moment[1].values()))
     peak = sum(parts.values())
-    conditions = _conditions(method, recipe, architecture, work)
+    conditions = conditions_of(method, recipe, architecture, work)
     pinned = architecture.layers * pinned_bytes(_input_bytes(work, architecture)) if work.offloading else 0
     return Estimate(peak, reserved_for(peak), parts, phase, conditions, pinned)
 
@@ -159,7 +159,7 @@ def _moment(above: Profile, always: dict[Part, int]) -> tuple[Phase, dict[Part, 
     return above.phase, {part: always[part] + above.parts[part] for part in PARTS}
 
 
-def _conditions(method: Method, recipe: Recipe, architecture: Architecture, work: Work) -> dict[str, Any]:
+def conditions_of(method: Method, recipe: Recipe, architecture: Architecture, work: Work) -> dict[str, Any]:
     return {
         "model_type": architecture.model_type,
         "parameters": method.parameters,

@@ -195,6 +195,11 @@ def _plain(method: Method, several_micro_batches: bool, update: int = 0) -> Meth
     return replace(method, passes=tuple(passes), end=End(method.gradients, update))
 
 
+def trained_parameters(recipe: Recipe, shape: Architecture) -> Sequence[Parameter]:
+    """The model's own, or its adapters."""
+    return _frame(recipe, shape)[1]
+
+
 def _frame(
     recipe: Recipe, shape: Architecture, *, base_is_4bit: bool = False
 ) -> tuple[Method, Sequence[Parameter]]:

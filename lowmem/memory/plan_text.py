@@ -21,6 +21,7 @@ def plan_text(document: dict[str, Any], *, title: str, explain: bool = False, ba
         _parts(document, bar),
         _fits(document),
         _steps(document),
+        _processes(document),
         _largest(document) if explain else [],
         _baselines(document, bar),
         _checkpoint(document),
@@ -33,6 +34,8 @@ def plan_text(document: dict[str, Any], *, title: str, explain: bool = False, ba
 
 def how(document: dict[str, Any]) -> str:
     """How the numbers came about, in a sentence or two."""
+    if "processes" in document:
+        return "Formulas for this family of models; weights, gradients and state are held equal to those of processes."
     if document["measured_by"] == "formula":
         return "Formulas for this family of models; without --formula the steps themselves are simulated."
     return (
@@ -91,6 +94,29 @@ def _steps(document: dict[str, Any]) -> list[str]:
     return _wrapped("Peaks: " + ", ".join(steps) + ".") if len(steps) > 1 else []
 
 
+def _processes(document: dict[str, Any]) -> list[str]:
+    found = document.get("processes")
+    if found is None:
+        return []
+    lines = [f"The fullest of {found['world']} processes under {found['strategy']}."]
+    if found["strategy"] != "ddp":
+        lines.append(f"Optimizer state {_from_to(found['optimizer_state_bytes'])} in each.")
+    if matrices := found["matrices_updated"]["most"]:
+        least = found["matrices_updated"]["least"]
+        lines.append(f"Each updates {least} to {matrices} matrices whole, for all.")
+    sent = found["sent_bytes_a_step"]
+    lines.append(f"In a step each sends {size(sent['by_the_strategy'])} for {found['strategy']} itself")
+    lines[-1] += (
+        f" and {_from_to(sent['for_matrices'])} for matrices." if sent["for_matrices"]["most"] else "."
+    )
+    return _wrapped(" ".join(lines))
+
+
+def _from_to(nbytes: dict[str, int]) -> str:
+    least, most = size(nbytes["least"]), size(nbytes["most"])
+    return most if least == most else f"{least} to {most}"
+
+
 def _largest(document: dict[str, Any]) -> list[str]:
     lines = ["Alive at the peak, largest first:"]
     for held in document["largest"][:EXPLAINED]:
@@ -139,7 +165,8 @@ def _changes(document: dict[str, Any]) -> list[str]:
     if document["fits"] is not False:
         return []
     if not changes:
-        return _wrapped("No single change and no combination known here makes it fit this card.")
+        what = "number of processes" if "processes" in document else "single change and no combination"
+        return _wrapped(f"No {what} known here makes it fit this card.")
     lines = ["Would fit (by formula):"]
     for change in changes:
         lines.append(f"  {size(change['peak_bytes']):>11}  {' '.join(change['overrides'])}")

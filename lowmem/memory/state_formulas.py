@@ -159,14 +159,15 @@ class Treatment:
 
 def treatments(optimizer: OptimizerRecipe, parameters: Sequence[Parameter]) -> list[Treatment]:
     """Who updates what, as `build_optimizer` divides a model: first the optimizer itself, then the head's, the groups',
-    then its fallback.
+    then its fallback. Where they take turns, those that rest in the fullest one say so.
 
     Raises RecipeError for a target that matches no linear layer, and for groups as `claimed` does.
     """
-    return _in_turn(_divided(optimizer, parameters))
+    return in_fullest_turn(all_treatments(optimizer, parameters))
 
 
-def _divided(optimizer: OptimizerRecipe, parameters: Sequence[Parameter]) -> list[Treatment]:
+def all_treatments(optimizer: OptimizerRecipe, parameters: Sequence[Parameter]) -> list[Treatment]:
+    """Likewise, whoever's turn it is. Those with the same settings, by identity, are a group."""
     settings = with_defaults(optimizer.name, optimizer.settings)
     special = _of_head_and_groups(optimizer, parameters, settings)
     taken = {each.parameter.name for each in special}
@@ -222,9 +223,13 @@ def _head_of(parameters: Sequence[Parameter]) -> Parameter | None:
     return by_name.get("lm_head.weight", by_name.get("model.embed_tokens.weight"))
 
 
-def _in_turn(found: list[Treatment]) -> list[Treatment]:
-    """With the settings of those that rest in the fullest turn saying so."""
-    resting = resting_in_the_fullest_turn([(each.algorithm, each.settings, each.parameter) for each in found])
+def in_fullest_turn(found: list[Treatment], numels: Sequence[int] | None = None) -> list[Treatment]:
+    """With the settings of those that rest in the fullest turn saying so.
+
+    numels: how many values of each count, where that is not all of them.
+    """
+    treated = [(each.algorithm, each.settings, each.parameter) for each in found]
+    resting = resting_in_the_fullest_turn(treated, numels)
     at_rest = {id(each.settings): {**each.settings, "rests": True} for each in found}
     return [
         replace(each, settings=at_rest[id(each.settings)]) if position in resting else each

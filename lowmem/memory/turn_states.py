@@ -19,8 +19,14 @@ def is_untouched(algorithm: str, settings: Settings) -> bool:
     return algorithm == "block_adam" and bool(settings.get("rests"))
 
 
-def resting_in_the_fullest_turn(treated: Sequence[Treated]) -> frozenset[int]:
-    """The positions of those without state in it: of all but the largest blocks, of which a turn may have k."""
+def resting_in_the_fullest_turn(
+    treated: Sequence[Treated], numels: Sequence[int] | None = None
+) -> frozenset[int]:
+    """The positions of those without state in it: of all but the largest blocks, of which a turn may have k.
+
+    numels: how many values of each count, by default all.
+    """
+    sizes = [math.prod(parameter.shape) for _, _, parameter in treated] if numels is None else numels
     groups: dict[Hashable, dict[Hashable, list[int]]] = {}
     previous: dict[int, Hashable] = {}
     for position, (algorithm, settings, parameter) in _as_in_groups(treated):
@@ -31,7 +37,7 @@ def resting_in_the_fullest_turn(treated: Sequence[Treated]) -> frozenset[int]:
     resting: set[int] = set()
     for blocks in groups.values():
         never = blocks.pop(_NEVER, [])
-        by_size = sorted(blocks.values(), key=lambda members: -sum(_numel(treated[each]) for each in members))
+        by_size = sorted(blocks.values(), key=lambda members: -sum(sizes[each] for each in members))
         k = _active(treated[by_size[0][0]], len(by_size)) if by_size else 0
         resting.update(never, *by_size[k:])
     return frozenset(resting)
@@ -63,7 +69,3 @@ def _active(first: Treated, blocks: int) -> int:
     if algorithm == "frugal":
         return max(1, round(settings["density"] * blocks))
     return min(blocks, settings["active"])
-
-
-def _numel(treated: Treated) -> int:
-    return math.prod(treated[2].shape)

@@ -95,6 +95,7 @@ def test_seven_billion_parameters_by_formula_need_neither_torch_nor_transformers
     code = (
         "import sys\nfrom lowmem.cli.main import main\n"
         f"assert main(['plan', 'mine.yaml', {llama!r}, '--formula', '--json', '--gpu', 'a100-80gb']) == 0\n"
+        f"assert main(['plan', 'mine.yaml', {llama!r}, '--world', '8', '--strategy', 'zero3']) == 0\n"
         f"assert main(['plan', 'mine.yaml', {llama!r}, '--search', '--gpu', '12GiB']) in (0, 3)\n"
         "print('\\n', *{name.partition('.')[0] for name in sys.modules})\n"
     )
@@ -108,6 +109,42 @@ def test_seven_billion_parameters_by_formula_need_neither_torch_nor_transformers
         env={"PYTHONPATH": str(source)},
     )
     assert not set(done.stdout.splitlines()[-1].split()) & {"torch", "transformers", "numpy", "accelerate"}
+
+
+def test_a_plan_of_several_processes_says_what_each_holds_and_sends(lowmem: Command, llama: str) -> None:
+    arguments = ["plan", "mine.yaml", llama, "model.dtype=bfloat16", "--world", "8", "--strategy", "fsdp2"]
+    done = lowmem(*arguments, "--gpu", "24GiB", "--explain")
+    assert done.code == 0, done.out + done.err
+    text = " ".join(done.out.split())
+    for says in (
+        "tokens a step in each process", "The fullest of 8 processes under fsdp2.", "matrices whole, for all",
+        "for fsdp2 itself", "gathered weights of two units", "NCCL's buffers", "is of one device",
+    ):  # fmt: skip
+        assert says in text
+    found = json.loads(lowmem(*arguments, "--json").out)
+    assert found["processes"]["world"] == found["conditions"]["world_size"] == 8
+    assert (
+        sum(found["parts"].values())
+        == sum(held["nbytes"] for held in found["largest"])
+        == found["peak_bytes"]
+    )
+    assert found["baselines"]["adamw_fused"]["peak_bytes"] > found["peak_bytes"]
+
+
+def test_processes_and_strategies_that_fit_are_named(lowmem: Command, llama: str) -> None:
+    arguments = ["plan", "mine.yaml", llama, "model.dtype=bfloat16", "--gpu", "12GiB"]
+    done = lowmem(*arguments, "--world", "4", "--strategy", "zero2")
+    assert done.code == 3
+    assert "Would fit (by formula):" in done.out
+    changes = json.loads(lowmem(*arguments, "--world", "4", "--strategy", "zero2", "--json").out)[
+        "changes_that_fit"
+    ]
+    assert changes
+    for change in changes:
+        options = [word for override in change["overrides"] for word in override.split()]
+        again = json.loads(lowmem(*arguments, *options, "--json").out)
+        assert again["fits"] is True
+        assert again["peak_bytes"] == change["peak_bytes"]
 
 
 def test_a_search_lists_methods_with_their_longest_rows(lowmem: Command, llama: str) -> None:
@@ -142,6 +179,16 @@ def test_the_bars_are_drawn_into_a_file_that_can_be_decoded(lowmem: Command, fol
         (["model.name_or_path=nobody/nothing", "--formula"], 2, "huggingface.co"),
         (["optimizer.target=[nosuch]"], 2, "nosuch"),
         (["--png", "nowhere/plan.png"], 2, "nowhere"),
+        (["--world", "0", "--strategy", "ddp"], 2, "from 1 to 16384"),
+        (["--world", "two"], 2, "invalid int value"),
+        (["--world", "8"], 2, "Add --strategy with one of ddp, fsdp2"),
+        (["--world", "8", "--strategy", "zero4"], 2, "strategies are ddp, fsdp2"),
+        (["--strategy", "zero3"], 2, "needs the number of processes: --world"),
+        (["--search", "--gpu", "12GiB", "--world", "8"], 2, "--search is of one device"),
+        (["--world", "8", "distributed.strategy=fsdp2", "model.weights=int8"], 4, "accelerate/ddp.yaml"),
+        (["--world", "8", "--strategy", "ddp", "model.weights=int8"], 4, "int8 has no formula"),
+        (["--world", "8", "--strategy", "zero3", "train.execution=fused"], 4, "Set train.execution: auto"),
+        (["--world", "8", "--strategy", "zero2", "lora={r: 4}"], 4, "--strategy ddp"),
     ],
 )  # fmt: skip
 def test_mistakes_are_explained_in_a_line(lowmem: Command, folder: Path, arguments, code, says) -> None:
