@@ -74,6 +74,7 @@ gpu-validate: $(INSTALLED) ## hold the memory plan against this machine's GPU, i
 docs: $(INSTALLED) ## regenerate what the documentation takes from the code
 	$(BIN)/python scripts/make_optimizer_table.py
 	$(BIN)/python scripts/make_reference_pages.py
+	$(BIN)/python scripts/make_scaling_page.py
 
 paper-tables: $(INSTALLED) ## hold our memory figures against those that papers publish
 	$(BIN)/python scripts/make_paper_tables.py
