@@ -78,8 +78,9 @@ def markdown(content: dict[str, Any], conditions: dict[str, Any]) -> str:
             deviation = "-" if entry["deviation"] is None else f"{entry['deviation']:.4f}"
             against = "-" if base is None else f"{entry['mean'] / base - 1:+.1%}{beyond(entry, adamw)}"
             ratio = "-" if seconds is None else f"{entry['cpu_seconds'] / seconds:.2f}"
+            times = "" if adamw is None else f", {entry['lr'] / adamw['lr']:g} x AdamW's"
             lines.append(
-                f"| {entry['method']} | {entry['mean']:.4f} | {deviation} | {against} | {entry['lr']:g}{edge} | "
+                f"| {entry['method']} | {entry['mean']:.4f} | {deviation} | {against} | {entry['lr']:g}{times}{edge} | "
                 f"{entry['state_bytes'] / 1024:,.0f} | {entry['weight_bytes'] / 1024:,.0f} | {ratio} |"
             )
     return "\n".join([*lines, "", "Conditions: " + json.dumps(conditions), ""])
