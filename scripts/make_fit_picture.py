@@ -33,7 +33,7 @@ OURS = {
     "SGD-SaI": "optimizer={name: sgd_sai, lr: 1.0e-4, clip: tensor}",
     "SGD": "optimizer={name: sgd, lr: 1.0e-4, clip: tensor}",
 }
-THEIRS = ("adamw_fp32_master", "adamw_fused", "adamw8bit", "lora_r16", "qlora_r16")
+THEIRS = ("adamw_fp32_master", "adamw_fused", "bitsandbytes_adamw8bit", "lora_r16", "qlora_r16")
 LOOKS = {
     "AdamW, fp32 master": ("#999999", "X"), "AdamW fused": ("#D55E00", "o"), "AdamW 8-bit": ("#E69F00", "o"),
     "GaLore r=256": ("#0072B2", "D"), "SGD-SaI": ("#56B4E9", "D"), "SGD": ("#009E73", "D"),

@@ -21,7 +21,7 @@ from lowmem.memory.search_text import search_document
 from lowmem.recipe.load import load_recipe
 from lowmem.recipe.schema import Recipe
 
-COMPARED = (*BASELINES, "adamw_fp32_master", "adamw8bit", "lora_r16", "qlora_r16")
+COMPARED = (*BASELINES, "adamw_fp32_master", "bitsandbytes_adamw8bit", "lora_r16", "qlora_r16")
 
 
 def plan(

@@ -1,13 +1,13 @@
 """What a way of training keeps through a whole step: weights, gradients and optimizer state, in bytes.
 
-adamw_fused           weights and gradients in the model's dtype, two moments in it, a step count each
-adamw_foreach         the same, and the root of the second moments of all weights at once in the update
-adamw_fused_backward  as adamw_fused, each gradient freed as soon as its weight is updated
-adamw_fp32_master     bfloat16 weights and gradients; float32 weights and moments, 12 bytes a value, and the
-                      float32 copy of one gradient in the update
-adamw8bit             bitsandbytes: two 8-bit moments, float32 scales a block of 256; small tensors in float32
-lora_r16              frozen weights, float32 adapters of rank 16 on every linear layer, updated by adamw_fused
-qlora_r16             the same; linear layers in nf4 with double quantisation, the rest in 16 bits
+adamw_fused             weights and gradients in the model's dtype, two moments in it, a step count each
+adamw_foreach           the same, and the root of the second moments of all weights at once in the update
+adamw_fused_backward    as adamw_fused, each gradient freed as soon as its weight is updated
+adamw_fp32_master       bfloat16 weights and gradients; float32 weights and moments, 12 bytes a value, and the
+                        float32 copy of one gradient in the update
+bitsandbytes_adamw8bit  the library by itself: all gradients, and the state of `adamw8bit`
+lora_r16                frozen weights, float32 adapters of rank 16 on every linear layer, updated by adamw_fused
+qlora_r16               the same; linear layers in nf4 with double quantisation, the rest in 16 bits
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ BASELINES = (
     "adamw_foreach",
     "adamw_fused_backward",
     "adamw_fp32_master",
-    "adamw8bit",
+    "bitsandbytes_adamw8bit",
     "lora_r16",
     "qlora_r16",
 )
@@ -174,7 +174,7 @@ def baseline_method(name: str, recipe: Recipe, shape: Architecture) -> Method:
     itemsize = 4 if method.adapters is not None else method.itemsize
     counts = ALLOCATION_BYTES * len(trained)
     several = recipe.train.gradient_accumulation_steps > 1
-    if name == "adamw8bit":
+    if name == "bitsandbytes_adamw8bit":
         state = sum(adamw8bit_state_bytes(each.numel, round_to=ALLOCATION_BYTES) for each in trained)
         return _plain(replace(method, state=state + BITSANDBYTES_TABLES_BYTES), several)
     if name == "adamw_fp32_master" and itemsize == 2:

@@ -10,12 +10,13 @@
     swan        nothing; as adamw for what is no matrix
     block_adam  as adamw for the blocks whose turn it is, nothing for the others
     frugal      see `frugal_states`
+    adamw8bit, lion8bit    see `coded_states`
     low rank    see `low_rank_states`
 
 and `step`, 4 bytes. A value takes the bytes of its role's storage format:
 
     param, fp32, bf16   its dtype's
-    int8                1, and 4 for each 256 values
+    int8                1, and 4 for each 256 values, bitsandbytes' codes likewise
     int4                1 for two, and 3 for each 128 values
 
 The tests hold every optimizer equal to `LowMemOptimizer.state_bytes()`.
@@ -31,6 +32,7 @@ from typing import Any
 from lowmem.claims import claimed
 from lowmem.errors import RecipeError
 from lowmem.memory.architecture import Parameter, Shape
+from lowmem.memory.coded_states import adamw8bit_state, lion8bit_state
 from lowmem.memory.frugal_states import frugal_state
 from lowmem.memory.ledger import rounded
 from lowmem.memory.low_rank_states import LOW_RANK_STATES
@@ -81,6 +83,8 @@ FORMULAS: dict[str, Callable[[Settings, Shape], State]] = {
     **LOW_RANK_STATES,
     "frugal": frugal_state,
     "block_adam": _block_adam,
+    "adamw8bit": adamw8bit_state,
+    "lion8bit": lion8bit_state,
 }
 """A new optimizer is one function, and a name below if it treats matrices only."""
 
@@ -88,6 +92,7 @@ TREATS_MATRICES = frozenset({*LOW_RANK_STATES, "sinkgd", "swan", "muon", "frugal
 """Optimizers that leave all but the targeted matrices to the fallback."""
 
 _FORMAT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 1}
+_FIXED_FORMATS = {"factor": "fp32", "scalar": "fp32", "codes": "int8"}
 
 INT8_BLOCK, INT4_GROUP = 256, 128
 """Values that share a scale, as in `lowmem.numerics`; a test holds them equal."""
@@ -116,8 +121,8 @@ def state_values(algorithm: str, settings: Settings, shape: Shape) -> State:
 
 def storage_format(tensor: StateTensor, settings: Settings) -> str:
     """Of `tensor` under the `storage` setting."""
-    if tensor.role in ("factor", "scalar"):
-        return "fp32"
+    if tensor.role in _FIXED_FORMATS:
+        return _FIXED_FORMATS[tensor.role]
     return (settings.get("storage") or {}).get(tensor.role, "param")
 
 
@@ -237,16 +242,10 @@ def in_fullest_turn(found: list[Treatment], numels: Sequence[int] | None = None)
     ]
 
 
-BITSANDBYTES_BLOCK = 256
-BITSANDBYTES_SMALLEST = 4096
-"""Fewer values stay in float32."""
 BITSANDBYTES_TABLES_BYTES = 2 * 256 * 4
 """The two tables that 8-bit codes are looked up in; all parameters share them."""
 
 
 def adamw8bit_state_bytes(numel: int, *, round_to: int = 1) -> int:
-    """bitsandbytes' 8-bit AdamW: two codes a value, and two float32 scales a block of 256."""
-    if numel < BITSANDBYTES_SMALLEST:
-        return 2 * rounded(4 * numel, round_to)
-    scales = 4 * -(-numel // BITSANDBYTES_BLOCK)
-    return 2 * (rounded(numel, round_to) + rounded(scales, round_to))
+    """The state of bitsandbytes' own AdamW8bit: that of `adamw8bit`, but steps are counted in Python."""
+    return state_bytes("adamw8bit", {}, (numel,), 4, round_to=round_to) - rounded(STEP_BYTES, round_to)

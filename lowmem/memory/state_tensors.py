@@ -11,6 +11,9 @@ from lowmem.memory.architecture import Shape
 
 Settings = Mapping[str, Any]
 
+UNLOADED = ("scalar", "codes")
+"""Roles of which an update makes no float32 tensor: single numbers, and what a library's kernel reads by itself."""
+
 
 @dataclass(frozen=True)
 class StateTensor:

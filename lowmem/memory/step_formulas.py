@@ -7,6 +7,8 @@ Element-wise rules work on tiles of n = 2^21 values (a smaller parameter whole),
     next tile    what the one before made, beside its own update
     save         what is made, beside the rounding of a bfloat16 state, 6 n, or the coding of an int8 one
 
+8-bit codes of bitsandbytes are read and written by the library's kernel, which on CUDA takes nothing more.
+
 Nothing but a scalar where torch's fused kernel does it all: weight, gradient and state of one dtype, and no stochastic
 rounding. Low-rank rules and rules whose direction is made a block of rows at a time have pages of their own:
 `low_rank_formulas`, `row_block_formulas`, `split_formulas` and `whitened_formulas`.
@@ -20,12 +22,13 @@ from dataclasses import dataclass
 
 from lowmem.memory import update_tiles
 from lowmem.memory.architecture import Shape
+from lowmem.memory.coded_states import has_codes
 from lowmem.memory.frugal_states import frugal_rule
 from lowmem.memory.low_rank_formulas import LOW_RANK, low_rank_bytes
 from lowmem.memory.row_block_formulas import ROW_BLOCKS, row_block_bytes, unfactored_bytes
 from lowmem.memory.split_formulas import split_bytes
 from lowmem.memory.state_formulas import state_values, stored_itemsize, with_defaults
-from lowmem.memory.state_tensors import Settings, is_low_rank, is_matrix
+from lowmem.memory.state_tensors import UNLOADED, Settings, is_low_rank, is_matrix
 from lowmem.memory.update_tiles import saving_bytes
 from lowmem.memory.whitened_formulas import WHITENED, whitened_bytes
 
@@ -98,12 +101,12 @@ def _stored_itemsizes(algorithm: str, settings: Settings, shape: Shape, itemsize
     return [
         stored_itemsize(each, settings, itemsize)
         for each in state_values(algorithm, settings, shape).values()
-        if each.role != "scalar"
+        if each.role not in UNLOADED
     ]
 
 
 def _element_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: int) -> int:
-    states = [each for each in state_values(algorithm, settings, shape).values() if each.role != "scalar"]
+    states = [each for each in state_values(algorithm, settings, shape).values() if each.role not in UNLOADED]
     tensors = [stored_itemsize(each, settings, itemsize) for each in states]
     is_stochastic = settings["rounding"] == "stochastic"
     n = min(math.prod(shape), update_tiles.TILE_NUMEL)
@@ -130,13 +133,24 @@ def _element_bytes(algorithm: str, settings: Settings, shape: Shape, itemsize: i
 def left_by_a_tile(algorithm: str, settings: Settings, shape: Shape, itemsize: int) -> int | None:
     """Bytes a value that an element-wise update holds until the next one; None where torch's kernels do it all."""
     tensors = _stored_itemsizes(algorithm, settings, shape, itemsize)
-    has_kernel = algorithm != "frugal" or frugal_rule(settings, shape) in ("adam", "momentum")
     is_exact = itemsize == 4 or settings["rounding"] != "stochastic"
-    if has_kernel and is_exact and all(each == itemsize for each in tensors):
+    if (
+        _torch_has_a_kernel(algorithm, settings, shape)
+        and is_exact
+        and all(each == itemsize for each in tensors)
+    ):
         return None
     made = 4 * sum(each < 4 for each in tensors) + 4 * _directions(algorithm, settings, shape)
     gradient = 4 if itemsize < 4 else 0
     return made + (gradient if algorithm == "sgd" and not settings["momentum"] else 0)
+
+
+def _torch_has_a_kernel(algorithm: str, settings: Settings, shape: Shape) -> bool:
+    if algorithm == "frugal":
+        return frugal_rule(settings, shape) in ("adam", "momentum")
+    if algorithm == "adamw8bit":
+        return not has_codes(settings, shape)
+    return algorithm != "lion8bit"
 
 
 def _directions(algorithm: str, settings: Settings, shape: Shape) -> int:

@@ -20,7 +20,7 @@ BASELINE_NAMES = {
     "adamw_foreach": "AdamW foreach",
     "adamw_fused_backward": "AdamW in backward",
     "adamw_fp32_master": "AdamW, fp32 master",
-    "adamw8bit": "AdamW 8-bit",
+    "bitsandbytes_adamw8bit": "AdamW 8-bit",
     "lora_r16": "LoRA r=16",
     "qlora_r16": "QLoRA r=16",
 }

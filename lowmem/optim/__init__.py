@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from lowmem.optim.algorithms.adafactor import Adafactor
 from lowmem.optim.algorithms.adamw import AdamW
+from lowmem.optim.algorithms.adamw8bit import AdamW8bit
 from lowmem.optim.algorithms.apollo import Apollo
 from lowmem.optim.algorithms.block_adam import BlockAdam
 from lowmem.optim.algorithms.dct_adamw import DctAdamW
 from lowmem.optim.algorithms.fira import Fira
 from lowmem.optim.algorithms.frugal import FRUGAL
 from lowmem.optim.algorithms.galore import GaLore
+from lowmem.optim.algorithms.lion8bit import Lion8bit
 from lowmem.optim.algorithms.muon import Muon
 from lowmem.optim.algorithms.q_galore import QGaLore
 from lowmem.optim.algorithms.sgd import SGD
@@ -33,11 +35,13 @@ __all__ = [
     "SGD",
     "Adafactor",
     "AdamW",
+    "AdamW8bit",
     "Apollo",
     "BlockAdam",
     "DctAdamW",
     "Fira",
     "GaLore",
+    "Lion8bit",
     "LowMemOptimizer",
     "Muon",
     "QGaLore",

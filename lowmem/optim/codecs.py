@@ -91,8 +91,8 @@ class Float(Codec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Int8Blocks(Codec):
-    """`numerics.int8_blocks`: a byte a value and four bytes a block of 256, counted over the flat slot.
+class Blocks(Codec):
+    """A byte a value and four bytes a block of 256, counted over the flat slot.
 
     The values of a block share a scale, so that a block cannot be written in halves.
     """
@@ -100,29 +100,38 @@ class Int8Blocks(Codec):
     unit: ClassVar[int] = BLOCK
 
     signed: bool
-    stochastic: bool
 
-    def tensors(self) -> dict[str, tuple[Shape, torch.dtype]]:
-        scales = ((blocks_in(self.numel),), torch.float32)
-        codes = torch.int8 if self.signed else torch.uint8
-        return {self.name: (self.shape, codes), f"{self.name}_scale": scales}
-
-    def load(self, stored: Mapping[str, Tensor], part: slice = WHOLE) -> Tensor:
-        values = dequantize_blocks(*self._blocks(stored, part))
-        return values.view(self.shape) if part == WHOLE else values
-
-    def save_(
-        self, stored: Mapping[str, Tensor], value: Tensor, part: slice, generator: torch.Generator | None
-    ) -> None:
-        codes, scales = self._blocks(stored, part)
-        quantize_blocks_(value.reshape(-1), codes, scales, generator if self.stochastic else None)
-
-    def _blocks(self, stored: Mapping[str, Tensor], part: slice) -> tuple[Tensor, Tensor]:
+    def blocks(self, stored: Mapping[str, Tensor], part: slice) -> tuple[Tensor, Tensor]:
+        """Codes and scales of a flat slice, as they lie in memory."""
         start, stop, _ = part.indices(self.numel)
         keeps_blocks = start % BLOCK == 0 and (stop % BLOCK == 0 or stop == self.numel)
         assert keeps_blocks, f"{self.name}: {start}:{stop} of {self.numel} values cuts a block of {BLOCK}"
         scales = stored[f"{self.name}_scale"][start // BLOCK : blocks_in(stop)]
         return stored[self.name].view(-1)[start:stop], scales
+
+    def _tensors(self, codes: torch.dtype) -> dict[str, tuple[Shape, torch.dtype]]:
+        scales = ((blocks_in(self.numel),), torch.float32)
+        return {self.name: (self.shape, codes), f"{self.name}_scale": scales}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Blocks(Blocks):
+    """`numerics.int8_blocks`."""
+
+    stochastic: bool
+
+    def tensors(self) -> dict[str, tuple[Shape, torch.dtype]]:
+        return self._tensors(torch.int8 if self.signed else torch.uint8)
+
+    def load(self, stored: Mapping[str, Tensor], part: slice = WHOLE) -> Tensor:
+        values = dequantize_blocks(*self.blocks(stored, part))
+        return values.view(self.shape) if part == WHOLE else values
+
+    def save_(
+        self, stored: Mapping[str, Tensor], value: Tensor, part: slice, generator: torch.Generator | None
+    ) -> None:
+        codes, scales = self.blocks(stored, part)
+        quantize_blocks_(value.reshape(-1), codes, scales, generator if self.stochastic else None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ call `project_grad_`, which makes the first half of that (refresh?, project) and
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -48,6 +48,9 @@ class LowMemOptimizer(OptimizerState):
 
     treats_matrices: ClassVar[bool] = False
     """Whether `build_optimizer` gives it the linear layers only and the rest to the fallback."""
+
+    formats: ClassVar[Mapping[str, str]] = {}
+    """How state of each role is stored where the algorithm has no `storage` setting."""
 
     rests: ClassVar[bool] = False
     """Whether parameters that have state in turn use no gradient while it is not theirs."""

@@ -7,7 +7,7 @@ read once, after a load; all of that can be forgotten and read again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -134,7 +134,7 @@ class OptimizerState(torch.optim.Optimizer):
         return stored
 
     def _codecs(self, param: Tensor, group: dict[str, Any], rule: Rule) -> dict[str, Codec]:
-        formats = group["storage"] or {}
+        formats = storage_formats(group)
         return {
             name: codec_for(name, slot, formats, param.dtype)
             for name, slot in rule.slots(shape_of(param)).items()
@@ -208,6 +208,15 @@ class OptimizerState(torch.optim.Optimizer):
                 del self._refreshed[param]
             else:
                 self.state[param][REFRESHED] = torch.tensor(float(step))
+
+
+def storage_formats(group: Mapping[str, Any]) -> Mapping[str, str]:
+    """The format of each role that is not the default one, as the group says or else its algorithm."""
+    return (
+        (group["storage"] or {})
+        if "storage" in group
+        else registry.optimizer_class(group["algorithm"]).formats
+    )
 
 
 def turn_length(group: dict[str, Any]) -> int | None:

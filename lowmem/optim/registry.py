@@ -25,6 +25,8 @@ OPTIMIZERS = {
     "dct_adamw": "lowmem.optim.algorithms.dct_adamw:DctAdamW",
     "frugal": "lowmem.optim.algorithms.frugal:FRUGAL",
     "block_adam": "lowmem.optim.algorithms.block_adam:BlockAdam",
+    "adamw8bit": "lowmem.optim.algorithms.adamw8bit:AdamW8bit",
+    "lion8bit": "lowmem.optim.algorithms.lion8bit:Lion8bit",
 }
 
 

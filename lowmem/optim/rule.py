@@ -20,8 +20,11 @@ from lowmem.numerics.held_weights import root_mean_square_of
 from lowmem.numerics.seeding import seeded_generator
 
 Shape = tuple[int, ...]
-Role = Literal["moment", "variance", "basis", "factor", "scalar"]
-"""`factor` and `scalar` are float32 whatever the storage: one value a row or a column, and single numbers."""
+Role = Literal["moment", "variance", "basis", "factor", "scalar", "moment_codes", "variance_codes"]
+"""`factor` and `scalar` are float32 whatever the storage: one value a row or a column, and single numbers.
+
+`moment_codes` and `variance_codes` are the 8-bit codes of a library whose kernel makes the rule's update.
+"""
 Scope = Literal["element", "matrix"]
 
 
@@ -43,6 +46,10 @@ class State(Mapping[str, Tensor]):
     def save_rows_(self, name: str, index: int, rows: slice, value: Tensor) -> None:
         """Keep `value` as these rows."""
         raise NotImplementedError(f"{type(self).__name__} gives whole tensors only")
+
+    def codes(self, name: str) -> tuple[Tensor, Tensor]:
+        """Codes of a slot, and the scales of their blocks, as they lie in memory, for a kernel that changes them."""
+        raise NotImplementedError(f"{type(self).__name__} gives float32 only")
 
     def zero_(self, name: str) -> None:
         """Make a slot what it was at first, without loading it."""

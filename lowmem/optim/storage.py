@@ -19,7 +19,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lowmem.optim.codecs import WHOLE, Codec, Float, Int4Groups, Int8Blocks
+from lowmem.optim.codecs import WHOLE, Blocks, Codec, Float, Int4Groups, Int8Blocks
+from lowmem.optim.library_codes import LibraryBlocks
 from lowmem.optim.rule import Role, Slot, State
 
 __all__ = ["FORMATS", "WHOLE", "LoadedState", "accumulator_dtype", "codec_for"]
@@ -44,6 +45,8 @@ def codec_for(name: str, slot: Slot, formats: Mapping[str, str], param_dtype: to
     shape = slot.shape
     if slot.role in ("factor", "scalar"):
         return Float(name=name, shape=shape, dtype=torch.float32, stochastic=False)
+    if slot.role in ("moment_codes", "variance_codes"):
+        return LibraryBlocks(name=name, shape=shape, signed=slot.role == "moment_codes")
     chosen = formats.get(slot.role, "param")
     stochastic = slot.role != "basis"
     if chosen == "int4":
@@ -99,6 +102,11 @@ class LoadedState(State):
             values = codec.load(self._stored, wide)
             values[part.start - wide.start : part.stop - wide.start] = value.view(-1)
         codec.save_(self._stored, values, wide, self._rounding)
+
+    def codes(self, name: str) -> tuple[Tensor, Tensor]:
+        codec = self._codecs[name]
+        assert isinstance(codec, Blocks), f"{name} is not kept in codes"
+        return codec.blocks(self._stored, self._part)
 
     def zero_(self, name: str) -> None:
         for key in self._codecs[name].tensors():

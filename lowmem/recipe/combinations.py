@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from lowmem.recipe.half_life import GIVES_BETA2, with_second_moment
+from lowmem.recipe.half_life import GIVES_BETA2, WITHOUT_SECOND_MOMENT, with_second_moment
 from lowmem.recipe.known_names import builtin_data_sets, chat_templates
 from lowmem.recipe.node import Node
 from lowmem.recipe.problems import Problems, shown
@@ -87,7 +87,7 @@ def check_half_life(root: Node, problems: Problems) -> None:
     if half_life is None or name is None or not isinstance(name.value, str):
         return
     for key in GIVES_BETA2:
-        if given(root, f"optimizer.{key}"):
+        if given(root, f"optimizer.{key}") and name.value not in WITHOUT_SECOND_MOMENT:
             message = f"optimizer.beta2_half_life_tokens gives beta2, and so does optimizer.{key}."
             problems.add(half_life.place, f"{message} Delete one of them.")
     others = [given(root, f"optimizer.{other}.name") for other in ("fallback", "head")]

@@ -12,6 +12,9 @@ from lowmem.recipe.schema import OptimizerRecipe
 GIVES_BETA2 = ("betas", "beta2")
 """Settings that hold a beta2."""
 
+WITHOUT_SECOND_MOMENT = ("lion8bit",)
+"""Optimizers with a setting of such a name that is the decay of another mean."""
+
 
 def beta2_of(half_life_tokens: float, tokens_per_step: float) -> float:
     """beta2 with which a squared gradient counts half after `half_life_tokens` more tokens.
@@ -43,7 +46,12 @@ def with_beta2(chosen: OptimizerRecipe, tokens_per_step: float, *, rest: str | N
 
 def with_second_moment() -> list[str]:
     """The optimizers with a beta2 that a half-life can give."""
-    return [name for name, entry in optimizer_table().items() if entry["settings"].keys() & set(GIVES_BETA2)]
+    return [name for name in optimizer_table() if _gives_beta2(name)]
+
+
+def _gives_beta2(name: str) -> bool:
+    known = optimizer_table()[name]["settings"]
+    return name not in WITHOUT_SECOND_MOMENT and any(setting in known for setting in GIVES_BETA2)
 
 
 def _other_with(other: Mapping[str, Any] | None, beta2: float) -> dict[str, Any] | None:
@@ -61,8 +69,8 @@ def _group_with(group: Mapping[str, Any], main: str, beta2: float) -> dict[str, 
 
 def _with(name: str, settings: Mapping[str, Any], beta2: float) -> dict[str, Any]:
     known = optimizer_table()[name]["settings"]
-    if any(settings.get(key) is not None for key in GIVES_BETA2):
+    if not _gives_beta2(name) or any(settings.get(key) is not None for key in GIVES_BETA2):
         return dict(settings)
     if "betas" in known:
         return {**settings, "betas": [known["betas"]["default"][0], beta2]}
-    return {**settings, "beta2": beta2} if "beta2" in known else dict(settings)
+    return {**settings, "beta2": beta2}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from lowmem.optim.registry import OPTIMIZERS, optimizer_class
+from lowmem.optim.settings import settings_of
 
 FLOAT = {"moment": "param", "variance": "param", "basis": "param"}
 
@@ -68,6 +69,9 @@ SETTINGS: dict[str, list[dict]] = {
     ],
     # All at once, so that every weight moves at every step.
     "block_adam": [{"refresh_every": 5, "active": 8, "weight_decay": 0.1}],
+    # Codes for the small tensors of the tests, too.
+    "adamw8bit": [{"min_8bit_size": 1, "weight_decay": 0.1}],
+    "lion8bit": [{"min_8bit_size": 1, "lr": 1e-3}],
 }
 
 TWIN_SETTINGS: dict[str, list[dict]] = {
@@ -95,6 +99,8 @@ TWIN_SETTINGS: dict[str, list[dict]] = {
         {"refresh_every": 2, "active": 3, "order": "descending"},
         {"refresh_every": 1, "order": "mirror", "betas": (0.8, 0.95)},
     ],
+    "adamw8bit": [{"weight_decay": 0.1}, {"betas": (0.8, 0.95), "eps": 1e-4}],
+    "lion8bit": [{"weight_decay": 0.1}],
 }
 """More settings that are held against the plain reference, beside those of the whole battery."""
 
@@ -112,11 +118,29 @@ def cases_of(settings: dict[str, list[dict]]) -> list[tuple[str, dict]]:
 
 
 CASES = cases_of({name: [{}] for name in OPTIMIZERS} | SETTINGS)
-TWIN_CASES = CASES + cases_of(TWIN_SETTINGS)
-
 LOW_BIT = {"moment": "int8", "variance": "int8", "basis": "int4"}
-LOW_BIT_CASES = [(name, {**settings, "storage": LOW_BIT}) for name, settings in CASES]
-"""The same with state in few bits, which no float64 twin can be held against."""
+
+
+def takes_storage(case: tuple[str, dict]) -> bool:
+    return "storage" in settings_of(optimizer_class(case[0]))
+
+
+def is_in_codes(case: tuple[str, dict]) -> bool:
+    """Whether state is codes of few bits, of which blocks share a scale."""
+    return case[1].get("storage") is LOW_BIT or "min_8bit_size" in case[1]
+
+
+STORAGE_CASES = [case for case in CASES if takes_storage(case)]
+LOW_BIT_CASES = [(name, {**settings, "storage": LOW_BIT}) for name, settings in STORAGE_CASES]
+"""The same with state in few bits, which no float64 twin can be held against for many steps."""
+
+TWIN_CASES = [case for case in CASES if not is_in_codes(case)] + cases_of(TWIN_SETTINGS)
+
+
+def cases_in_float(name: str) -> list[tuple[str, dict]]:
+    """Those of one optimizer that give the same weights, up to rounding, however its state is divided."""
+    own = [case for case in CASES if case[0] == name and not is_in_codes(case)]
+    return own or [case for case in TWIN_CASES if case[0] == name]
 
 
 def case_id(case: tuple[str, dict]) -> str:

@@ -35,6 +35,10 @@ def parameter(*shape, dtype=torch.float32):
     ],
 )
 def test_values_out_of_range_say_what_is_allowed(name, changes, words):
+    if "storage" in changes and "storage" not in settings_of(optimizer_class(name)):
+        with pytest.raises(ValueError, match=f"{name} has no setting 'storage'. Settings: lr, betas"):
+            optimizer_class(name)([{"params": [parameter()], **changes}])
+        return
     with pytest.raises(ValueError, match=words):
         optimizer_class(name)([parameter()], **changes)
 

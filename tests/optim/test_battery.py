@@ -12,14 +12,16 @@ import torch
 from lowmem.numerics import tiles
 from tests.optim.cases import (
     CASES,
-    LOW_BIT,
     LOW_BIT_CASES,
     SHAPES,
+    STORAGE_CASES,
     as_parameters,
     case_id,
     gradients,
+    is_in_codes,
     make,
     run,
+    takes_storage,
     weights,
 )
 
@@ -68,7 +70,8 @@ def test_a_saved_and_loaded_optimizer_continues_bit_for_bit(case, dtype):
 @each_dtype
 @each_case
 def test_loading_keeps_the_dtype_of_every_state_tensor(case, dtype):
-    optimizer, params = fresh(case, dtype, storage={"moment": "fp32", "variance": "fp32"})
+    wider = {"storage": {"moment": "fp32", "variance": "fp32"}} if takes_storage(case) else {}
+    optimizer, params = fresh(case, dtype, **wider)
     run(optimizer, params, range(2), dtype)
     resumed = make(case, as_parameters(params))
     resumed.load_state_dict(optimizer.state_dict())
@@ -79,15 +82,26 @@ def test_loading_keeps_the_dtype_of_every_state_tensor(case, dtype):
         assert all(state[name].data_ptr() != loaded[name].data_ptr() for name in state)
 
 
-@pytest.mark.parametrize(
-    "storage",
-    [None, {"moment": "fp32"}, {"variance": "bf16", "basis": "fp32"}, {"moment": "int8", "basis": "int8"}],
-    ids=str,
-)
+STORAGES = [
+    None,
+    {"moment": "fp32"},
+    {"variance": "bf16", "basis": "fp32"},
+    {"moment": "int8", "basis": "int8"},
+]
+
+
 @each_dtype
-@each_case
-def test_state_bytes_are_those_of_the_allocated_storages(case, dtype, storage):
-    optimizer, params = fresh(case, dtype, storage=storage)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *CASES,
+        *((name, {**own, "storage": storage}) for name, own in STORAGE_CASES for storage in STORAGES),
+        *LOW_BIT_CASES,
+    ],
+    ids=case_id,
+)
+def test_state_bytes_are_those_of_the_allocated_storages(case, dtype):
+    optimizer, params = fresh(case, dtype)
     declared = optimizer.state_bytes()
     run(optimizer, params, range(2), dtype)
     storages = {
@@ -233,7 +247,7 @@ def test_slicing_a_parameter_changes_nothing_but_memory(case, dtype, monkeypatch
     optimizer, params = fresh(case, dtype, rounding="nearest")
     run(optimizer, params, range(9), dtype)
     # Blocks of codes that share a scale are not cut, so slices hold whole ones.
-    monkeypatch.setattr(tiles, "TILE_NUMEL", 256 if case[1].get("storage") is LOW_BIT else 7)
+    monkeypatch.setattr(tiles, "TILE_NUMEL", 256 if is_in_codes(case) else 7)
     sliced, sliced_params = fresh(case, dtype, rounding="nearest")
     run(sliced, sliced_params, range(9), dtype)
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]

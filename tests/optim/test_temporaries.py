@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.optim.registry import OPTIMIZERS, optimizer_class
-from tests.optim.cases import LOW_BIT
+from tests.optim.cases import LOW_BIT, case_id, make, takes_storage
 from tests.optim.live_bytes import PeakOfNewBytes
 
 MIB = 1 << 20
@@ -15,13 +15,22 @@ WHITENED = {"swan": 4, "muon": 3}
 """Float32 matrices of the smaller side squared that are held beside tiles."""
 
 
-@pytest.mark.parametrize("storage", [None, LOW_BIT], ids=["plain", "low-bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in WHITENED])
-def test_a_step_of_a_4096_by_11008_matrix_needs_at_most_64_mib(name, dtype, storage):
+@pytest.mark.parametrize(
+    "case",
+    [
+        (name, settings)
+        for name in OPTIMIZERS
+        if name not in WHITENED
+        for settings in ({}, {"storage": LOW_BIT})
+        if not settings or takes_storage((name, {}))
+    ],
+    ids=case_id,
+)
+def test_a_step_of_a_4096_by_11008_matrix_needs_at_most_64_mib(case, dtype):
     """First step (state made, basis fitted) and a steady one; the float32 matrix alone would be 172 MiB."""
     param = torch.nn.Parameter(torch.zeros(4096, 11008, dtype=dtype))
-    optimizer = optimizer_class(name)([param], lr=1e-3, storage=storage)
+    optimizer = make(case, [param], lr=1e-3)
     param.grad = torch.ones_like(param)
     param.grad[::7, ::3] = -1.0
     param.grad[::5, ::11] = 0.25

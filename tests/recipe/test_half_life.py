@@ -32,6 +32,18 @@ def test_a_half_life_kept_over_batch_sizes_gives_the_betas_of_the_paper(
     assert beta2_of(steps * batch, smaller_batch) == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_decay_of_lions_mean_is_no_second_moments():
+    both = (
+        "name: lion8bit, lr: 1, betas: [0.9, 0.98], fallback: {name: adamw8bit}, beta2_half_life_tokens: 1e6"
+    )
+    found = with_beta2(chosen(both), 2e6, rest=None)
+    assert found.settings["betas"] == [0.9, 0.98]
+    assert found.fallback["betas"] == [0.9, 0.25]
+    (problem,) = problems_of(with_optimizer("name: lion8bit, lr: 1, beta2_half_life_tokens: 1e6"))
+    assert "is for a second moment, and lion8bit has none" in problem
+    assert "adamw8bit" in problem
+
+
 def test_own_rule_and_the_rule_of_the_rest_get_it():
     own = with_beta2(chosen("name: adamw, lr: 1, beta2_half_life_tokens: 1e6"), 2e6, rest=None)
     assert own.settings["betas"] == [0.9, 0.25]

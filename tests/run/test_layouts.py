@@ -18,21 +18,23 @@ from torch.distributed.tensor import DTensor
 from lowmem.optim.registry import OPTIMIZERS
 from lowmem.run.layouts.attach import attach_to_fsdp2
 from lowmem.run.layouts.saved_pieces import load_pieces_, saved_pieces
-from tests.optim.cases import CASES, case_id
+from tests.optim.cases import CASES, case_id, cases_in_float, is_in_codes
 from tests.run.test_execution import batches, net, optimizer_for
 
 WORLD = 2
 STEPS = 8
-OF_EACH = {name: [case for case in CASES if case[0] == name][:2] for name in OPTIMIZERS}
+OF_EACH = {name: cases_in_float(name)[:2] for name in OPTIMIZERS}
 CHOSEN = [case for cases in OF_EACH.values() for case in cases]
 FIRST = [cases[0] for cases in OF_EACH.values()]
+CODED = [case for case in CASES if is_in_codes(case)]
+"""Whose blocks of codes are those of a process' piece, and so not those of the whole parameter."""
 TURNS = [
     *(case for case in CASES if case[1].get("projection") == "block"),
     ("block_adam", {"refresh_every": 3, "lr": 1e-2}),
 ]
 """Whose state is another at each turn."""
 OF_TWO = {
-    **{str(case): (case, {}) for case in [*CHOSEN, *TURNS]},
+    **{str(case): (case, {}) for case in [*CHOSEN, *CODED, *TURNS]},
     **{f"{case} resumed": (case, {"stop": 4}) for case in TURNS},
     **{f"{case} in float64": (case, {"dtype": torch.float64}) for case in FIRST},
 }
@@ -164,12 +166,24 @@ def test_three_processes_with_rows_that_they_cannot_share_equally_make_the_steps
     assert furthest < max(5e-5, 1e-3 * moved)
 
 
-@pytest.mark.parametrize("case", CHOSEN, ids=case_id)
+@pytest.mark.parametrize("case", CODED, ids=case_id)
+def test_codes_in_blocks_of_a_process_own_round_otherwise_and_no_more(ranks, case):
+    model = net()
+    alone = train(model, optimizer_for(case, model), batches(STEPS, 1))
+    (zero, _), (one, _) = (found[str(case)] for found in ranks)
+    assert all(torch.equal(a, b) for a, b in zip(zero, one, strict=True))
+    apart = sum((a - b).abs().sum() for a, b in zip(zero, alone, strict=True))
+    moved = sum((a - b).abs().sum() for a, b in zip(alone, net().parameters(), strict=True))
+    assert 0 < apart < 0.05 * moved
+
+
+@pytest.mark.parametrize("case", [*CHOSEN, *CODED], ids=case_id)
 def test_state_is_divided_over_the_processes_and_counted_before_it_is_made(ranks, case):
     found = [counted for _, counted in (found[str(case)] for found in ranks)]
     parameters = len(list(net().parameters()))
     assert [each["held"] for each in found] == [each["declared"] for each in found]
-    assert sum(each["held"] for each in found) <= found[0]["whole"] + 4 * parameters + 4 * parameters
+    begun = 8 if is_in_codes(case) else 4  # bytes: a step count, and scales of a block that is cut in two
+    assert sum(each["held"] for each in found) <= found[0]["whole"] + 4 * parameters + begun * parameters
     assert max(each["held"] for each in found) <= 0.62 * found[0]["whole"] + 4 * parameters
 
 

@@ -19,15 +19,16 @@ from lowmem.optim.registry import OPTIMIZERS
 from lowmem.run.layouts.attach import attach_to_fsdp2
 from lowmem.run.layouts.saved_pieces import saved_pieces
 from lowmem.run.layouts.whole_state import load_whole_state_, whole_state_of_one, whole_state_of_pieces
-from tests.optim.cases import CASES, case_id
+from tests.optim.cases import case_id, cases_in_float
 from tests.run.test_execution import batches, net, optimizer_for
 from tests.run.test_layouts import TURNS, train
 
 STEPS, STOP = 8, 4
 INT8 = ("adamw", {"lr": 1e-2, "storage": {"moment": "int8", "variance": "int8"}})
-OF_EACH = [next(case for case in CASES if case[0] == name) for name in OPTIMIZERS]
-ALL = [*OF_EACH, *TURNS, INT8]
-FEW = [*(case for case in OF_EACH if case[0] in ("adamw", "sgd_sai", "galore")), TURNS[0], INT8]
+LIBRARY = ("adamw8bit", {"lr": 1e-2, "min_8bit_size": 1})
+OF_EACH = [cases_in_float(name)[0] for name in OPTIMIZERS]
+ALL = [*OF_EACH, *TURNS, INT8, LIBRARY]
+FEW = [*(case for case in OF_EACH if case[0] in ("adamw", "sgd_sai", "galore")), TURNS[0], INT8, LIBRARY]
 OF_WORLD = {2: FEW, 3: ALL}
 PAIRS = [
     *(pytest.param(2, case, id=f"2-{case_id(case)}") for case in FEW),
@@ -104,7 +105,7 @@ def close(case, found, expected) -> None:
     start = list(net().parameters())
     moved = max((a - b).abs().max().item() for a, b in zip(expected, start, strict=True))
     bound = max(5e-5, 1e-3 * moved)
-    if case is INT8:  # other blocks of 256 values, so other rounding: a few of the steps of 1e-2
+    if case in (INT8, LIBRARY):  # other blocks of 256 values, so other rounding: a few of the steps of 1e-2
         bound = 2e-2
     assert max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True)) < bound
 
@@ -138,6 +139,11 @@ def test_through_whole_state_and_back_one_process_goes_on_with_the_same_bits(cas
     again = optimizer_for(case, model)
     load_whole_state_(again, whole)
     end = train(model, again, batches(STEPS, 1)[STOP:])
+    if (
+        case is LIBRARY
+    ):  # its codes have no level of -1, so a block whose largest value is negative has a new scale
+        close(case, end, alone(case)[0])
+        return
     assert all(torch.equal(a, b) for a, b in zip(end, alone(case)[0], strict=True))
 
 

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from lowmem.optim.registry import OPTIMIZERS
 from lowmem.run.layouts.attach import attach_to_zero
 from lowmem.run.rehearsal import rehearse_on_cpu
-from tests.optim.cases import CASES
+from tests.optim.cases import cases_in_float
 from tests.run.test_execution import batches, net, optimizer_for
 
-CHOSEN = [next(case for case in CASES if case[0] == name) for name in OPTIMIZERS]
+CHOSEN = [cases_in_float(name)[0] for name in OPTIMIZERS]
 MICRO_BATCHES, MAX_NORM = 2, 0.05
 
 

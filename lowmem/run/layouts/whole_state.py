@@ -21,7 +21,7 @@ from lowmem.numerics.held_weights import shape_of
 from lowmem.optim import registry
 from lowmem.optim.codecs import WHOLE, Codec
 from lowmem.optim.engine import LowMemOptimizer
-from lowmem.optim.optimizer_state import STEPS, turn_number
+from lowmem.optim.optimizer_state import STEPS, storage_formats, turn_number
 from lowmem.optim.rule import Rule, Turn
 from lowmem.optim.storage import codec_for
 from lowmem.run.layouts.piece_optimizer import PieceOptimizer
@@ -124,7 +124,7 @@ def _blocks_of(
 def _codecs(
     group: Mapping[str, Any], rule: Rule, shape: tuple[int, ...], dtype: torch.dtype
 ) -> dict[str, Codec]:
-    formats = group["storage"] or {}
+    formats = storage_formats(group)
     return {name: codec_for(name, slot, formats, dtype) for name, slot in rule.slots(shape).items()}
 
 
