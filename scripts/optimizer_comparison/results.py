@@ -31,10 +31,15 @@ def summaries(content: dict[str, Any]) -> list[dict[str, Any]]:
                 "deviation": statistics.stdev(losses) if len(losses) > 1 else None,
                 "state_bytes": runs[-1]["state_bytes"],
                 "weight_bytes": runs[-1]["weight_bytes"],
-                "cpu_seconds": statistics.median(run["cpu_seconds"] for run in runs),
+                "cpu_seconds": median_of([run["cpu_seconds"] for run in runs]),
             }
         )
     return found
+
+
+def median_of(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def beyond(entry: dict[str, Any], adamw: dict[str, Any] | None) -> str:
@@ -60,6 +65,8 @@ def markdown(content: dict[str, Any], conditions: dict[str, Any]) -> str:
         "AdamW's mean (Student's t over its seeds), and - where it lies below. Fallbacks of embedding, head and norms",
         "are AdamW at the same learning rate. CPU time is the ratio to AdamW's, of the whole process.",
         "",
+        "So few steps tell how fast a method learns at first, on a model this small; not how a long run ends.",
+        "",
         "![Loss against optimizer state](optimizer_comparison.png)",
     ]
     entries = summaries(content)
@@ -77,7 +84,8 @@ def markdown(content: dict[str, Any], conditions: dict[str, Any]) -> str:
             edge = "" if entry["is_inside_its_grid"] else " (edge of the grid)"
             deviation = "-" if entry["deviation"] is None else f"{entry['deviation']:.4f}"
             against = "-" if base is None else f"{entry['mean'] / base - 1:+.1%}{beyond(entry, adamw)}"
-            ratio = "-" if seconds is None else f"{entry['cpu_seconds'] / seconds:.2f}"
+            own_seconds = entry["cpu_seconds"]
+            ratio = "-" if seconds is None or own_seconds is None else f"{own_seconds / seconds:.2f}"
             times = "" if adamw is None else f", {entry['lr'] / adamw['lr']:g} x AdamW's"
             lines.append(
                 f"| {entry['method']} | {entry['mean']:.4f} | {deviation} | {against} | {entry['lr']:g}{times}{edge} | "
