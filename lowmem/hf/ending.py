@@ -9,32 +9,45 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from lowmem.hf.atomic_folder import disk_faults_explained, write_atomically
 from lowmem.hf.baseline import measure_baselines
 from lowmem.hf.conditions import conditions
 from lowmem.hf.final_model import write_final_model
-from lowmem.hf.lora import merge
+from lowmem.hf.launch import WITHOUT_WHOLE_WEIGHTS, launched_strategy
+from lowmem.hf.lora import add_lora, merge
 from lowmem.hf.metrics import MetricsFile, Value, printable_number
+from lowmem.hf.model import load_model
+from lowmem.hf.model_setup import make_generation_settings_savable_
 from lowmem.hf.planned_beside import plan_of_measured_steps
 from lowmem.hf.recorded_batches import BatchRecorder
 from lowmem.hf.run_folder import RunFolder
 from lowmem.hf.setup import Run, Say
-from lowmem.hf.whole_weights import whole_numel
+from lowmem.hf.whole_weights import loaded_whole, whole_numel
 from lowmem.memory.measure import Measured
 from lowmem.memory.report import memory_document, table, write_report
 from lowmem.recipe.schema import Recipe
 
 
 def save_final_model(run: Run) -> None:
-    """Write <dir>/model when the recipe wants it; merged adapters replace the trained model in the run."""
+    """Write <dir>/model when the recipe wants it.
+
+    Merged adapters replace the trained model in the run, unless each process has only a part of that.
+    """
     if not run.recipe.save.model:
         return
     model = run.trainer.trained_model
-    if run.recipe.save.merge_lora and isinstance(model, PeftModel):
+    has_whole = launched_strategy() not in WITHOUT_WHOLE_WEIGHTS
+    merges = run.recipe.save.merge_lora and isinstance(model, PeftModel)
+    if isinstance(model, PeftModel) and merges and has_whole:
         model = run.trainer.model = merge(model)
     weights = run.trainer.whole_weights() if run.is_divided else None
     if run.is_main:
+        if merges and not has_whole:
+            assert weights is not None
+            model, weights = merged_from_its_base(run.recipe, weights), None
         write_final_model(
             model,
             run.tokenizer,
@@ -45,6 +58,17 @@ def save_final_model(run: Run) -> None:
         )
         run.say(f"model: {run.folder.model}")
     run.trainer.accelerator.wait_for_everyone()
+
+
+def merged_from_its_base(recipe: Recipe, adapters: dict[str, Tensor]) -> PreTrainedModel:
+    """The merged model on the host, where none of the processes has the whole one that was trained."""
+    assert recipe.lora is not None
+    with loaded_whole():
+        base = load_model(recipe.model, seed=recipe.train.seed)
+    make_generation_settings_savable_(base)
+    model = add_lora(base, recipe.lora, seed=recipe.train.seed)
+    model.load_state_dict(adapters, strict=False)
+    return merge(model)
 
 
 def evaluate_at_the_end(run: Run) -> None:

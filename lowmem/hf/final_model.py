@@ -39,7 +39,7 @@ def save_weights(
     """
     with _written_by(write_safetensors_in_small if in_small else write_safetensors):
         if isinstance(model, PeftModel):
-            save_adapters(model, folder)
+            save_adapters(model, folder, weights=weights)
         else:
             model.save_pretrained(str(folder), state_dict=weights)
 

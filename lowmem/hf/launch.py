@@ -75,11 +75,6 @@ def refuse_what_pieces_cannot_do(recipe: Recipe, strategy: Strategy) -> None:
             f"gradients live beside autograd. Use {FILES.format('ddp')}, which trains int8 weights, or "
             "model.weights: bf16."
         )
-    if recipe.lora is not None and strategy in WITHOUT_WHOLE_WEIGHTS:
-        raise RefusedError(
-            f"lora: adapters are not divided {said} yet. Use {FILES.format('zero2')}: adapters are small, and their "
-            "base is frozen."
-        )
     if recipe.train.execution not in ("auto", "plain"):
         raise RefusedError(
             f"train.execution: {recipe.train.execution} frees gradients before {strategy} has reduced them. Set "

@@ -10,8 +10,15 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -57,10 +64,26 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
 
 
-def save_adapters(model: PeftModel, folder: str | Path) -> None:
-    """Write the adapters alone, adapter_model.safetensors and adapter_config.json, into `folder`."""
+def save_adapters(model: PeftModel, folder: str | Path, *, weights: dict[str, Tensor] | None = None) -> None:
+    """Write the adapters alone, adapter_model.safetensors and adapter_config.json, into `folder`.
+
+    weights: those of a model that is divided over processes, by its parameters' names.
+    """
     # "auto" would ask the Hub for the base model's configuration.
-    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    model.save_pretrained(
+        str(folder), safe_serialization=True, save_embedding_layers=False, state_dict=weights
+    )
+
+
+def restore_adapters_(model: PeftModel, folder: Path) -> None:
+    """Give the adapters that `model` trains the values that `save_adapters` wrote into `folder`.
+
+    Raises RuntimeError where one is missing, unknown or of another shape.
+    """
+    saved = load_file(folder / "adapter_model.safetensors")
+    if strange := saved.keys() ^ get_peft_model_state_dict(model).keys():
+        raise RuntimeError(f"adapters of another model: {', '.join(sorted(strange)[:3])}")
+    set_peft_model_state_dict(model, saved)
 
 
 def load_adapters(model: PreTrainedModel, folder: str | Path) -> PeftModel:

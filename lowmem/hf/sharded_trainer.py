@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lowmem.errors import RefusedError
 from lowmem.hf.atomic_folder import checkpoint_faults_explained
 from lowmem.hf.final_model import save_weights
+from lowmem.hf.lora import restore_adapters_
 from lowmem.hf.trainer_checkpoints import CheckpointedTrainer
 from lowmem.hf.whole_weights import whole_state_dict
 from lowmem.optim.engine import LowMemOptimizer
@@ -39,7 +41,10 @@ class ShardedTrainer(CheckpointedTrainer):
         if not self._is_sharded or resume_from_checkpoint is None:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         with checkpoint_faults_explained(Path(resume_from_checkpoint)):
-            load_whole_weights_(self.model, Path(resume_from_checkpoint))
+            if isinstance(self.model, PeftModel):
+                restore_adapters_(self.model, Path(resume_from_checkpoint))
+            else:
+                load_whole_weights_(self.model, Path(resume_from_checkpoint))
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
@@ -60,8 +65,12 @@ class ShardedTrainer(CheckpointedTrainer):
             self.processing_class.save_pretrained(output_dir)
 
     def whole_weights(self) -> dict[str, Tensor]:
-        """On the main process, {} elsewhere; all must call it."""
-        return whole_state_dict(self.accelerator.unwrap_model(self.model), keeps=self.args.should_save)
+        """Those that checkpoints hold, of a LoRA model the adapters: on the main process, {} elsewhere.
+
+        All must call it.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        return whole_state_dict(model, keeps=self.args.should_save, only_trained=isinstance(model, PeftModel))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self._is_sharded:

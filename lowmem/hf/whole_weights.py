@@ -28,8 +28,10 @@ def loaded_whole() -> Iterator[None]:
         integration._hf_deepspeed_config_weak_ref = kept
 
 
-def whole_state_dict(model: nn.Module, *, keeps: bool) -> dict[str, Tensor]:
+def whole_state_dict(model: nn.Module, *, keeps: bool, only_trained: bool = False) -> dict[str, Tensor]:
     """`model.state_dict()` on the host, with whole tensors, where `keeps`; elsewhere {}.
+
+    only_trained: of parameters that require gradients, without buffers.
 
     Every process must call it. One parameter at a time is whole on the devices. A tied one stands under each of its
     names.
@@ -40,13 +42,15 @@ def whole_state_dict(model: nn.Module, *, keeps: bool) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     copies: dict[int, Tensor] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
+        if only_trained and not param.requires_grad:
+            continue
         if id(param) not in copies:
             with _gathered(param):
                 whole = param.full_tensor() if isinstance(param, DTensor) else param
                 copies[id(param)] = whole.detach().to("cpu", copy=True) if keeps else param.new_empty(0)
         if keeps:
             found[name] = copies[id(param)]
-    if keeps:
+    if keeps and not only_trained:
         found |= {name: value.cpu() for name, value in model.named_buffers() if name in persistent}
     return found
 

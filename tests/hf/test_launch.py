@@ -75,7 +75,6 @@ def test_a_recipe_that_wants_another_strategy_names_the_command_that_starts_it(e
     ("overrides", "message"),
     [
         (["model.weights=int8", "model.int8.group_size=16"], r"int8 cannot be divided.*accelerate/ddp\.yaml"),
-        (["lora={r: 4}"], r"adapters are not divided.*accelerate/zero2\.yaml"),
         (["train.execution=fused", "train.max_grad_norm=null"], "Set train.execution: auto"),
         (["optimizer.clip=tensor"], "Set optimizer.clip: full"),
         (["eval.loss_only=false"], "eval.loss_only: true, and run lowmem eval"),

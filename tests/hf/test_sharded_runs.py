@@ -19,80 +19,128 @@ from tests.hf.launches import SETTINGS, ended, launched, ranks_of, rows_of, star
 from tests.hf.tiny_runs import tiny_recipe, write_model, write_recipe
 
 STEPS = 16
-OF_TWO = (*SETTINGS, f"train.max_steps={STEPS}", "eval.every=8", "train.per_device_batch_size=2")
+OF_TWO = (
+    *SETTINGS,
+    f"train.max_steps={STEPS}",
+    "save.keep=8",
+    "eval.every=8",
+    "train.per_device_batch_size=2",
+)
 
-STRATEGIES = [
+LORA = ("lora={r: 4, alpha: 8}", "save.merge_lora=true")
+SETTINGS_OF = {
+    "fsdp2 with LoRA": LORA,
+    "zero3 with LoRA": LORA,
+    "zero3 with LoRA in bfloat16": (*LORA, "model.dtype=bfloat16"),
+}
+"""Of runs that have more than their strategy."""
+
+
+def slow(name: str, *marks: pytest.MarkDecorator) -> object:
+    return pytest.param(name, marks=[pytest.mark.slow, *marks])
+
+
+LIKE_ONE = [
     "fsdp2",
     pytest.param("zero3", marks=with_deepspeed),
-    *(pytest.param(name, marks=[with_deepspeed, pytest.mark.slow]) for name in ("zero1", "zero2")),
-    pytest.param("ddp", marks=pytest.mark.slow),
+    "fsdp2 with LoRA",
+    *(slow(name, with_deepspeed) for name in ("zero1", "zero2", "zero3 with LoRA")),
+    slow("ddp"),
 ]
+GOES_ON = [
+    pytest.param("zero3", marks=with_deepspeed),
+    *(
+        slow(name, with_deepspeed)
+        for name in ("zero1", "zero2", "zero3 with LoRA", "zero3 with LoRA in bfloat16")
+    ),
+    slow("ddp"),
+    slow("fsdp2 with LoRA"),
+]
+
+
+def command_of(name: str, folder: Path, *more: str) -> tuple[str, ...]:
+    """The strategy and the arguments of a run."""
+    return (name.split()[0], str(folder / "sums.yaml"), *OF_TWO, *SETTINGS_OF.get(name, ()), *more)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The folder of a strategy's whole run, made once."""
+    """The folder of a whole run, made once."""
     folders: dict[str, Path] = {}
 
-    def folder_of(strategy: str) -> Path:
-        if strategy not in folders:
-            folder = folders[strategy] = tmp_path_factory.mktemp(strategy)
-            recipe = write_recipe(folder, write_model(folder / "model"))
-            done = launched(strategy, str(recipe), *OF_TWO)
+    def folder_of(name: str) -> Path:
+        if name not in folders:
+            folder = folders[name] = tmp_path_factory.mktemp(name.replace(" ", "_"))
+            write_recipe(folder, write_model(folder / "model"))
+            done = launched(*command_of(name, folder))
             assert done.returncode == 0, done.stderr[-3000:]
             assert done.stdout.count("data.train:") == 1, "one process speaks"
-        return folders[strategy]
+        return folders[name]
 
     return folder_of
 
 
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = folder.glob("*model.safetensors")
+    return load_file(file)
+
+
 def assert_same_bits(folder: Path, again: Path) -> None:
-    whole, resumed = (load_file(run / "model" / "model.safetensors") for run in (folder / "run", again))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    for part in ("model", f"checkpoint-{STEPS}"):
+        whole, resumed = (weights_in(run / part) for run in (folder / "run", again))
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_processes_train_the_weights_of_one(tmp_path, monkeypatch, trained, strategy):
-    folder = trained(strategy)
+@pytest.mark.parametrize("name", LIKE_ONE)
+def test_two_processes_train_the_weights_of_one(tmp_path, monkeypatch, trained, name):
+    folder = trained(name)
     monkeypatch.setattr(lowmem.hf.ending, "write_report", lambda folder: folder / "report.md")
-    single = tiny_recipe(
-        tmp_path,
-        folder / "model",
-        *OF_TWO,
-        "train.per_device_batch_size=4",
-        f"save.dir={tmp_path / 'single'}",
+    _, _, *settings = command_of(
+        name, folder, "train.per_device_batch_size=4", f"save.dir={tmp_path / 'single'}"
     )
-    assert train(single) == 0
-    one, two = (
-        load_file(run / "model" / "model.safetensors") for run in (tmp_path / "single", folder / "run")
-    )
-    begun = load_file(folder / "model" / "model.safetensors")
+    assert train(tiny_recipe(tmp_path, folder / "model", *settings)) == 0
+    begun = weights_in(folder / "run" / "checkpoint-2")
+    runs = (tmp_path / "single", folder / "run")
+    one, two = (weights_in(run / f"checkpoint-{STEPS}") for run in runs)
     assert one.keys() == two.keys()
-    moved = max((one[name] - begun[name]).abs().max().item() for name in one)
+    moved = max((one[each] - begun[each]).abs().max().item() for each in one)
     assert moved > 1e-3
-    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-3 * moved
-    for left, right in zip(rows_of(tmp_path / "single"), rows_of(folder / "run"), strict=True):
+    assert max((one[each] - two[each]).abs().max().item() for each in one) < 1e-3 * moved
+    one, two = (weights_in(run / "model") for run in runs)
+    assert one.keys() == two.keys()
+    assert max((one[each] - two[each]).abs().max().item() for each in one) < 1e-3 * moved
+    for left, right in zip(*(rows_of(run) for run in runs), strict=True):
         assert left["step"] == right["step"]
-        for name in ("loss", "eval_loss", "tokens", "lr", "full_grad_norm"):
-            if left.get(name) is not None and right.get(name) is not None:
-                assert left[name] == pytest.approx(right[name], rel=1e-4)
+        for key in ("loss", "eval_loss", "tokens", "lr", "full_grad_norm"):
+            if left.get(key) is not None and right.get(key) is not None:
+                assert left[key] == pytest.approx(right[key], rel=1e-4)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES[1:])
-def test_a_run_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path, trained, strategy):
-    folder, again, step = trained(strategy), tmp_path / "again", STEPS - 2
+@pytest.mark.parametrize("name", ["fsdp2 with LoRA", slow("zero3 with LoRA", with_deepspeed)])
+def test_weights_that_are_frozen_have_no_state(trained, name):
+    checkpoint = trained(name) / "run" / f"checkpoint-{STEPS}"
+    for rank in range(2):
+        saved = torch.load(checkpoint / f"optimizer-{rank}-of-2.pt", weights_only=True)
+        assert saved["places"]["ranges"]
+        assert all("lora_" in parameter for parameter in saved["places"]["ranges"])
+    assert all("lora_" in parameter for parameter in weights_in(checkpoint))
+
+
+@pytest.mark.parametrize("name", GOES_ON)
+def test_a_run_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path, trained, name):
+    folder, again, step = trained(name), tmp_path / "again", STEPS - 2
     again.mkdir()
     shutil.copytree(folder / "run" / f"checkpoint-{step}", again / f"checkpoint-{step}")
     text = (folder / "run" / "recipe.yaml").read_text()
     (again / "recipe.yaml").write_text(text.replace(str(folder / "run"), str(again)))
-    resumed = launched(strategy, str(folder / "sums.yaml"), *OF_TWO, f"save.dir={again}")
+    resumed = launched(*command_of(name, folder, f"save.dir={again}"))
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert f"continuing from step {step}" in resumed.stdout
     assert_same_bits(folder, again)
 
 
 @pytest.mark.parametrize(
-    ("strategy", "victim"),
+    ("name", "victim"),
     [
         ("fsdp2", 1),
         pytest.param("fsdp2", 0, marks=pytest.mark.slow),
@@ -100,10 +148,10 @@ def test_a_run_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path, trained, s
     ],
 )
 def test_a_killed_process_ends_the_launch_with_one_message_and_the_same_command_goes_on_with_the_same_bits(
-    tmp_path, trained, strategy, victim
+    tmp_path, trained, name, victim
 ):
-    folder, again = trained(strategy), tmp_path / "again"
-    command = (strategy, str(folder / "sums.yaml"), *OF_TWO, f"save.dir={again}")
+    folder, again = trained(name), tmp_path / "again"
+    command = command_of(name, folder, f"save.dir={again}")
     launcher = start(*command)
     while not (again / "checkpoint-2").is_dir():
         assert launcher.poll() is None, launcher.communicate()[1][-3000:]
