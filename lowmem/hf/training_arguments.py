@@ -63,6 +63,8 @@ def training_arguments(recipe: Recipe, output_dir: Path, *, use_cpu: bool | None
         )
     # The recipe's dtype decides; accelerate's own mixed precision would wrap the forward in autocast.
     args.mixed_precision = "no"
+    # The Trainer holds DeepSpeed's configuration against this; given above, it would ask for a GPU.
+    args.bf16 = strategy.startswith("zero") and recipe.model.dtype == "bfloat16"
     refuse_other_strategy(args, strategy)
     # Several visible GPUs in one process would make the Trainer fall back to nn.DataParallel.
     args._n_gpu = min(args.n_gpu, 1)
