@@ -16,8 +16,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lowmem.errors import RecipeError
 from lowmem.memory.activation_operators import Adapters
+from lowmem.memory.adapter_formulas import adapted, adapters_of, lora_targets, nf4_bytes
 from lowmem.memory.architecture import Architecture, Parameter
 from lowmem.memory.arrivals import ADD, GO, STAY
 from lowmem.memory.execution_formulas import NOTHING_LEFT, End, Pass, Update, Way, end_of, passes_of
@@ -209,8 +209,8 @@ def _frame(
     frame = Method(itemsize, _bytes(shape.parameters, itemsize) + buffers, 0, 0, 0, 0)
     trained: Sequence[Parameter] = shape.parameters
     if recipe.lora is not None:
-        targets = _targets(recipe.lora, shape)
-        trained = [each for base in _adapted(shape, targets) for each in _adapters_of(base, recipe.lora.r)]
+        targets = lora_targets(recipe.lora, shape)
+        trained = [each for base in adapted(shape, targets) for each in adapters_of(base, recipe.lora.r)]
         weights = frame.weights + _bytes(trained, 4)
         if base_is_4bit:
             weights -= sum(
@@ -232,35 +232,8 @@ def _frame(
     return frame, trained
 
 
-def nf4_bytes(numel: int) -> int:
-    """A packed matrix: its codes, their scales, the scales of those, and for each matrix two tables and an offset."""
-    scales = -(-numel // 64)
-    return sum(
-        rounded(nbytes) for nbytes in (-(-numel // 2), scales, 4 * -(-scales // 256), 4 * 16, 4 * 256, 4)
-    )
-
-
 def _bytes(parameters: Sequence[Parameter], itemsize: int) -> int:
     return sum(rounded(each.numel * itemsize) for each in parameters)
-
-
-def _targets(lora: LoraRecipe, shape: Architecture) -> frozenset[str] | None:
-    if lora.target == "all-linear":
-        return None
-    names = [lora.target] if isinstance(lora.target, str) else lora.target
-    known = {_module(each) for each in shape.parameters if each.is_linear}
-    last_names = frozenset(name.rpartition(".")[2] for name in names)
-    if unknown := sorted(last_names - known):
-        raise RecipeError(
-            f"lora.target: {', '.join(unknown)} names no linear layer that the memory formulas know. "
-            f"Allowed: all-linear, or names out of {', '.join(sorted(known))}."
-        )
-    return last_names
-
-
-def _module(parameter: Parameter) -> str:
-    """q_proj for model.layers.0.self_attn.q_proj.weight."""
-    return parameter.name.split(".")[-2]
 
 
 def _arrives_as(parameter: Parameter) -> str:
@@ -286,18 +259,3 @@ def _most_due(treated: Sequence[Treatment], updates: Sequence[Update]) -> int:
             due.setdefault(group, Counter())[offset] += update.gradient - update.accumulator
         seen[group] += 1
     return sum(max(by_offset.values()) for by_offset in due.values())
-
-
-def _adapted(shape: Architecture, targets: frozenset[str] | None) -> list[Parameter]:
-    return [
-        each for each in shape.parameters if each.is_linear and (targets is None or _module(each) in targets)
-    ]
-
-
-def _adapters_of(base: Parameter, rank: int) -> tuple[Parameter, Parameter]:
-    outputs, inputs = base.shape
-    path = base.name.removesuffix(".weight")
-    return (
-        Parameter(f"{path}.lora_A.weight", (rank, inputs), is_linear=True, layer=base.layer),
-        Parameter(f"{path}.lora_B.weight", (outputs, rank), is_linear=True, layer=base.layer),
-    )
