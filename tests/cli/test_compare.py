@@ -119,6 +119,7 @@ def test_another_optimizer_has_its_defaults_and_the_recipes_rate() -> None:
         "refresh_from": "boundary",
         "fallback": None,
         "head": None,
+        "groups": [],
         "beta2_half_life_tokens": None,
     }
     assert found["adamw"] == (None, {**own, "settings": {"lr": 1e-3}})
