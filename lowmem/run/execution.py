@@ -94,8 +94,8 @@ class Execution:
         self._resting = Resting(self.optimizer, trained, self.group_of)
         mine = [param for param in trained if self.handles(param)]
         if self._processes > 1:
-            self.optimizer.refresh_owners = RefreshOwners(trained)
             mine = self._leave_reducer(model, trained, mine)
+            self.optimizer.refresh_owners = RefreshOwners(trained)
         hook = weakly(self._on_gradient)
         self._handles = [param.register_post_accumulate_grad_hook(hook) for param in mine]
 

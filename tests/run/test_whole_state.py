@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import socket
@@ -83,22 +84,26 @@ def work(rank: int, world: int, port: int, given: str, out: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(request, tmp_path_factory):
-    """What processes have saved after half of the steps, and what became of the half that one process had trained."""
-    out = tmp_path_factory.mktemp("ranks")
-    states = {}
-    for case in OF_WORLD[request.param]:
-        weights, optimizer = alone(case, STOP)
-        states[str(case)] = {
-            "weights": weights,
-            "whole": whole_state_of_one(optimizer.state_dict(), shapes()),
-        }
-    torch.save(states, out / "states.pt")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes.spawn(work, args=(request.param, port, str(out / "states.pt"), str(out)), nprocs=request.param)
-    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
+def ranks_of(tmp_path_factory):
+    """For a number of processes: what they have saved after half of the steps, and what became of the half that one
+    process had trained. Each number starts once."""
+
+    @functools.cache
+    def ranks(world: int) -> list[dict]:
+        out = tmp_path_factory.mktemp("ranks")
+        states = {}
+        for case in OF_WORLD[world]:
+            weights, optimizer = alone(case, STOP)
+            whole = whole_state_of_one(optimizer.state_dict(), shapes())
+            states[str(case)] = {"weights": weights, "whole": whole}
+        torch.save(states, out / "states.pt")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        processes.spawn(work, args=(world, port, str(out / "states.pt"), str(out)), nprocs=world)
+        return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(world)]
+
+    return ranks
 
 
 def close(case, found, expected) -> None:
@@ -110,13 +115,15 @@ def close(case, found, expected) -> None:
     assert max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True)) < bound
 
 
-@pytest.mark.parametrize(("ranks", "case"), PAIRS, indirect=["ranks"])
-def test_what_one_process_has_saved_goes_on_in_several(ranks, case):
+@pytest.mark.parametrize(("world", "case"), PAIRS)
+def test_what_one_process_has_saved_goes_on_in_several(ranks_of, world, case):
+    ranks = ranks_of(world)
     close(case, ranks[0][str(case)]["end"], alone(case)[0])
 
 
-@pytest.mark.parametrize(("ranks", "case"), PAIRS, indirect=["ranks"])
-def test_what_several_have_saved_goes_on_in_one(ranks, case):
+@pytest.mark.parametrize(("world", "case"), PAIRS)
+def test_what_several_have_saved_goes_on_in_one(ranks_of, world, case):
+    ranks = ranks_of(world)
     found = [each[str(case)] for each in ranks]
     whole = whole_state_of_pieces([each["saved"] for each in found], shapes())
     model = net()
@@ -158,8 +165,8 @@ def test_state_of_another_optimizer_or_rank_is_refused_in_words():
             load_whole_state_(optimizer_for(case, net()), whole)
 
 
-@pytest.mark.parametrize("ranks", [2], indirect=True)
-def test_files_of_two_launches_are_not_put_together(ranks):
+def test_files_of_two_launches_are_not_put_together(ranks_of):
+    ranks = ranks_of(2)
     case = str(OF_EACH[0])
     saved = [each[case]["saved"] for each in ranks]
     with pytest.raises(RefusedError, match="is not of the same launch"):
