@@ -40,7 +40,7 @@ def start(
         [
             *(sys.executable, "-m", "accelerate.commands.launch"),
             *("--config_file", str(ROOT / "recipes" / "accelerate" / f"{strategy}.yaml")),
-            *(options or ("--main_process_port", str(free_port()))),
+            *("--main_process_port", str(free_port()), *options),  # the last one counts
             *("-m", "lowmem.train", *arguments),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},

@@ -10,6 +10,7 @@ from lowmem.errors import RefusedError
 from lowmem.hf import training_arguments
 from lowmem.hf.flow import train
 from lowmem.hf.launch import launched_strategy, strategy_for
+from lowmem.hf.steps_in_pieces import keep_optimizer_when_offloaded_
 from lowmem.run.checkpoint import seal
 from tests.hf.tiny_runs import tiny_recipe, write_model
 
@@ -105,3 +106,24 @@ def test_fsdp2_divides_each_gradient_in_each_micro_batch(environment, tmp_path, 
     recipe = tiny_recipe(tmp_path, write_model(tmp_path / "model"))
     args = training_arguments.training_arguments(recipe, tmp_path / "run", use_cpu=True)
     assert args.accelerator_config.gradient_accumulation_kwargs == {"sync_each_batch": True}
+
+
+def test_an_optimizer_whose_state_is_on_the_host_stays_the_recipes():
+    config = {
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": None}
+    }
+    keep_optimizer_when_offloaded_(config)
+    assert config["zero_force_ds_cpu_optimizer"] is False
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"zero_force_ds_cpu_optimizer": True}, "replaces the recipe's optimizer.*Set it to false"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "device to none or cpu"),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "offload_param.*device to none"),
+    ],
+)
+def test_offloading_that_was_never_tried_is_refused(config, message):
+    with pytest.raises(RefusedError, match=message):
+        keep_optimizer_when_offloaded_(config)

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 import lowmem.hf.ending
 from lowmem.hf.flow import train
-from tests.hf.launches import SETTINGS, ended, launched, ranks_of, rows_of, start, with_deepspeed
+from tests.hf.launches import SETTINGS, ended, ranks_of, rows_of, start, with_deepspeed
 from tests.hf.tiny_runs import tiny_recipe, write_model, write_recipe
 
 STEPS = 16
@@ -39,6 +40,11 @@ SETTINGS_OF = {
 """Of runs that have more than their strategy."""
 
 
+ON_THE_HOST = ("--offload_optimizer_device", "cpu")
+OPTIONS_OF = {"zero2 with state on the host": ON_THE_HOST, "zero3 with state on the host": ON_THE_HOST}
+"""Of the launcher."""
+
+
 def named(*names: str) -> list[object]:
     """Those that `make test` runs have no mark: one of each kind."""
     quick = ("fsdp2", "zero3", "zero3 in bfloat16")
@@ -54,9 +60,12 @@ def named(*names: str) -> list[object]:
     ]
 
 
-def command_of(name: str, folder: Path, *more: str) -> tuple[str, ...]:
-    """The strategy and the arguments of a run."""
-    return (name.split()[0], str(folder / "sums.yaml"), *OF_TWO, *SETTINGS_OF.get(name, ()), *more)
+def run_of(name: str, folder: Path, *more: str) -> subprocess.Popen[str]:
+    return start(name.split()[0], *arguments_of(name, folder, *more), options=OPTIONS_OF.get(name, ()))
+
+
+def arguments_of(name: str, folder: Path, *more: str) -> tuple[str, ...]:
+    return (str(folder / "sums.yaml"), *OF_TWO, *SETTINGS_OF.get(name, ()), *more)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +77,7 @@ def trained(tmp_path_factory):
         if name not in folders:
             folder = folders[name] = tmp_path_factory.mktemp(name.replace(" ", "_"))
             write_recipe(folder, write_model(folder / "model"))
-            done = launched(*command_of(name, folder))
+            done = ended(run_of(name, folder))
             assert done.returncode == 0, done.stderr[-3000:]
             assert done.stdout.count("data.train:") == 1, "one process speaks"
         return folders[name]
@@ -84,7 +93,7 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
 def single_run(name: str, folder: Path, out: Path, monkeypatch) -> Path:
     """The run of one process on the rows of two."""
     monkeypatch.setattr(lowmem.hf.ending, "write_report", lambda folder: folder / "report.md")
-    _, _, *settings = command_of(name, folder, "train.per_device_batch_size=4", f"save.dir={out / 'single'}")
+    _, *settings = arguments_of(name, folder, "train.per_device_batch_size=4", f"save.dir={out / 'single'}")
     assert train(tiny_recipe(out, folder / "model", *settings)) == 0
     return out / "single"
 
@@ -96,7 +105,11 @@ def assert_same_bits(folder: Path, again: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", named("fsdp2", "zero3", "zero1", "zero2", "ddp", "fsdp2 with LoRA", "zero3 with LoRA")
+    "name",
+    named(
+        *("fsdp2", "zero3", "zero1", "zero2", "ddp", "fsdp2 with LoRA", "zero3 with LoRA"),
+        *("zero2 with state on the host", "zero3 with state on the host"),
+    ),
 )
 def test_two_processes_train_the_weights_of_one(tmp_path, monkeypatch, trained, name):
     folder = trained(name)
@@ -149,6 +162,8 @@ def test_in_bfloat16_the_losses_are_those_of_one_process(tmp_path, monkeypatch, 
         "fsdp2 with LoRA",
         "zero3 with LoRA",
         "zero3 with LoRA in bfloat16",
+        "zero2 with state on the host",
+        "zero3 with state on the host",
     ),
 )
 def test_a_run_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path, trained, name):
@@ -157,7 +172,7 @@ def test_a_run_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path, trained, n
     shutil.copytree(folder / "run" / f"checkpoint-{step}", again / f"checkpoint-{step}")
     text = (folder / "run" / "recipe.yaml").read_text()
     (again / "recipe.yaml").write_text(text.replace(str(folder / "run"), str(again)))
-    resumed = launched(*command_of(name, folder, f"save.dir={again}"))
+    resumed = ended(run_of(name, folder, f"save.dir={again}"))
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert f"continuing from step {step}" in resumed.stdout
     assert_same_bits(folder, again)
@@ -175,8 +190,7 @@ def test_a_killed_process_ends_the_launch_with_one_message_and_the_same_command_
     tmp_path, trained, name, victim
 ):
     folder, again = trained(name), tmp_path / "again"
-    command = command_of(name, folder, f"save.dir={again}")
-    launcher = start(*command)
+    launcher = run_of(name, folder, f"save.dir={again}")
     while not (again / "checkpoint-2").is_dir():
         assert launcher.poll() is None, launcher.communicate()[1][-3000:]
         time.sleep(0.01)
@@ -190,7 +204,7 @@ def test_a_killed_process_ends_the_launch_with_one_message_and_the_same_command_
     assert "lowmem/hf" not in killed.stderr, "no traceback of ours"
     assert "exitcode  : -9" in killed.stderr
 
-    resumed = launched(*command)
+    resumed = ended(run_of(name, folder, f"save.dir={again}"))
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert int(re.search(r"continuing from step (\d+)", resumed.stdout)[1]) < STEPS
     assert_same_bits(folder, again)

@@ -6,6 +6,7 @@ import os
 import pickle
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from lowmem.optim.registry import OPTIMIZERS
 from lowmem.run.layouts.attach import attach_to_fsdp2
+from lowmem.run.layouts.exchange import device_to_talk_on
 from lowmem.run.layouts.saved_pieces import load_pieces_, saved_pieces
 from tests.optim.cases import CASES, case_id, cases_in_float, is_in_codes
 from tests.run.test_execution import batches, net, optimizer_for
@@ -213,3 +215,9 @@ def test_matrices_travel_once_to_their_owners_and_back(ranks):
     )
     adamw = str(OF_EACH["adamw"][0])
     assert [counted["sent"] for _, counted in (found[adamw] for found in ranks)] == [0, 0]
+
+
+def test_pieces_on_the_host_travel_on_a_device_that_the_processes_talk_on():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for talks, found in (([cuda], cuda), ([cpu, cuda], cpu)):
+        assert device_to_talk_on(cpu, SimpleNamespace(_device_types=talks)) == found

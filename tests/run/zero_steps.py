@@ -1,7 +1,8 @@
 """Every optimizer under DeepSpeed's ZeRO, in one start of a launcher.
 
-`python -m torch.distributed.run --nproc_per_node 2 -m tests.run.zero_steps STAGE FILE` writes, for each, the largest
-difference to one process and the distance that the weights moved, as JSON.
+`python -m torch.distributed.run --nproc_per_node 2 -m tests.run.zero_steps STAGE FILE [host]` writes, for each, the
+largest difference to one process and the distance that the weights moved, as JSON. With `host` DeepSpeed keeps the
+state on the host.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def alone(case) -> dict[str, torch.Tensor]:
     return {name: param.detach() for name, param in model.named_parameters()}
 
 
-def divided(case, stage: int) -> dict[str, torch.Tensor]:
+def divided(case, stage: int, *, on_host: bool) -> dict[str, torch.Tensor]:
     import deepspeed
 
     rank, processes = dist.get_rank(), dist.get_world_size()
@@ -48,7 +49,8 @@ def divided(case, stage: int) -> dict[str, torch.Tensor]:
         "gradient_accumulation_steps": MICRO_BATCHES,
         "gradient_clipping": MAX_NORM,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu" if on_host else "none"}},
     }
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=config, dist_init_required=False
@@ -64,7 +66,7 @@ def divided(case, stage: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def main(stage: int, out: Path) -> None:
+def main(stage: int, out: Path, *, on_host: bool) -> None:
     torch.set_num_threads(1)
     rehearse_on_cpu(deepspeed=True)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -72,7 +74,7 @@ def main(stage: int, out: Path) -> None:
     start = dict(net().named_parameters())
     found = {}
     for case in CHOSEN:
-        ours, expected = divided(case, stage), alone(case)
+        ours, expected = divided(case, stage, on_host=on_host), alone(case)
         moved = max((expected[name] - start[name]).abs().max().item() for name in expected)
         furthest = max((expected[name] - ours[name]).abs().max().item() for name in expected)
         found[case[0]] = {"furthest": furthest, "moved": moved}
@@ -83,4 +85,4 @@ def main(stage: int, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), on_host="host" in sys.argv[3:])

@@ -115,12 +115,20 @@ class Exchange:
     def _send(self, like: Sequence[Tensor], out: list[list[Tensor]], sizes: list[int]) -> list[Tensor]:
         """`out` has what goes to each process, `sizes` how much comes from each."""
         flat = [piece for pieces in out for piece in pieces]
-        sent = torch.cat(flat) if flat else like[0].new_empty(0)
+        kept = torch.cat(flat) if flat else like[0].new_empty(0)
+        sent = kept.to(device_to_talk_on(kept.device, self._group))
         received = sent.new_empty(sum(sizes))
         counts = [sum(piece.numel() for piece in pieces) for pieces in out]
         dist.all_to_all_single(received, sent, sizes, counts, group=self._group)
         self.sent += sent.numel()
-        return list(received.split(sizes))
+        return list(received.to(kept.device).split(sizes))
+
+
+def device_to_talk_on(device: torch.device, group: dist.ProcessGroup | None) -> torch.device:
+    """`device` where the group's backend takes its tensors: NCCL takes none of those that are kept on the host."""
+    talks: list[torch.device] = (dist.group.WORLD if group is None else group)._device_types  # type: ignore[union-attr]
+    types = [each.type for each in talks]
+    return device if device.type in types else torch.device(types[0])
 
 
 def batches_of(pieces: Sequence[Piece], owners: Sequence[int]) -> list[slice]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lowmem.optim.engine import LowMemOptimizer
 from lowmem.optim.optimizer_state import STEPS
 from lowmem.optim.rule import Context, Rule
-from lowmem.run.layouts.exchange import Exchange, batches_of
+from lowmem.run.layouts.exchange import Exchange, batches_of, device_to_talk_on
 from lowmem.run.layouts.pieces import Layout, Piece, owners_of, refuse_gaps
 
 
@@ -160,7 +160,8 @@ class PieceOptimizer(LowMemOptimizer):
 
     def _anywhere(self, flags: list[bool], device: torch.device) -> list[bool]:
         """Of each flag, whether it is set on any process."""
-        numbers = torch.tensor(flags, dtype=torch.uint8, device=device)
+        talks_on = device_to_talk_on(device, self._process_group)
+        numbers = torch.tensor(flags, dtype=torch.uint8, device=talks_on)
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._process_group)
         return [bool(number) for number in numbers.tolist()]
 
@@ -189,13 +190,14 @@ class PieceOptimizer(LowMemOptimizer):
             if not wanted:
                 continue
             piece = self._pieces[param]
-            whole = param.new_zeros(piece.numel)
+            talks_on = device_to_talk_on(param.device, self._process_group)
+            whole = param.new_zeros(piece.numel, device=talks_on)
             start, stop = piece.ranges[self.rank]
             assert param.grad is not None
             whole[start:stop] = param.grad
             dist.all_reduce(whole, group=self._process_group)
             if param.numel():
-                self.refresh_basis_(param, group, grad=whole.view(piece.shape))
+                self.refresh_basis_(param, group, grad=whole.to(param.device).view(piece.shape))
 
     def _step_whole(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
         pieces = [self._pieces[param] for param in params]
