@@ -17,7 +17,9 @@ STDERR = 2
 class Interrupt:
     """Context manager. Inside, the first signal only sets `requested`; a second one ends the process.
 
-    Outside the main thread Python delivers no signals, so there it changes nothing.
+    A process of a launch that leaves it with an error ignores SIGTERM from then on: launchers send that to those that
+    are left, and it has yet to say what it knows. Outside the main thread Python delivers no signals, so there it
+    changes nothing.
     """
 
     def __init__(self) -> None:
@@ -34,6 +36,8 @@ class Interrupt:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._previous and error is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            self._previous[signal.SIGTERM] = signal.SIG_IGN
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous.clear()

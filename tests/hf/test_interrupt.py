@@ -177,3 +177,14 @@ def test_signals_are_as_before_after_the_block():
     with Interrupt() as interrupt:
         assert not interrupt.requested
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_process_of_a_launch_that_failed_is_not_ended_before_it_has_said_why(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    try:
+        with pytest.raises(RuntimeError), Interrupt():
+            raise RuntimeError("lost")
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
