@@ -12,9 +12,10 @@ import torch
 from safetensors import safe_open
 
 from lowmem.errors import FaultError, RecipeError
+from lowmem.hf.adapter_files import adapters_in, write_adapters_
 from lowmem.hf.atomic_folder import disk_faults_explained, publish_folder
 from lowmem.hf.inference_model import ADAPTER_CONFIG
-from lowmem.hf.model_folder import CONFIG, read_config
+from lowmem.hf.int8_files import CODES
 from lowmem.hf.run_folder import RunFolder
 from lowmem.memory.wording import size
 from lowmem.run.checkpoint import (
@@ -97,33 +98,30 @@ def _whole_state(source: Path, files: list[Path]) -> dict[str, Any]:
     saved = [torch.load(path, map_location="cpu", weights_only=True) for path in files]
     if files[0].name == WHOLE_STATE:
         return saved[0]
-    shapes = _shapes(source)
-    return (
+    adapters = adapters_in(source) if (source / ADAPTER_CONFIG).is_file() else None
+    shapes = (
+        _shapes(source) if adapters is None else {name: tuple(each.shape) for name, each in adapters.items()}
+    )
+    whole = (
         whole_state_of_one(saved[0], shapes)
         if files[0].name == OF_ONE
         else whole_state_of_pieces(saved, shapes)
     )
+    if adapters is not None:
+        # DeepSpeed computes with coarser adapters than it steps, and others have nothing but the finest ones.
+        whole["weights"] = adapters | whole["weights"]
+    return whole
 
 
 def _shapes(source: Path) -> Mapping[str, tuple[int, ...]]:
-    """Of every weight."""
-    for problem, found in (
-        ("LoRA adapters, whose state is small: start from them", (source / ADAPTER_CONFIG).is_file()),
-        ("int8 weights, which only ddp divides: its optimizer.pt is whole", _is_quantized(source)),
-    ):
-        if found:
-            raise RecipeError(
-                f"{source} holds {problem}. --optimizer exports runs whose float weights are trained."
-            )
+    """Of every weight; one in int8 has the shape of its codes."""
     found_shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(source.glob("model*.safetensors")):
         with safe_open(path, framework="pt") as stored:
-            found_shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+            for name in stored.keys():  # noqa: SIM118  # not a mapping
+                parameter = f"{name.removesuffix(CODES)}weight" if name.endswith(f".{CODES}") else name
+                found_shapes[parameter] = tuple(stored.get_slice(name).get_shape())
     return found_shapes
-
-
-def _is_quantized(source: Path) -> bool:
-    return (source / CONFIG).is_file() and "quantization_config" in read_config(source)
 
 
 def _write(run: RunFolder, source: Path, whole: Mapping[str, Any], folder: Path) -> None:
@@ -140,6 +138,8 @@ def _write(run: RunFolder, source: Path, whole: Mapping[str, Any], folder: Path)
     checkpoint.mkdir(parents=True)
     for path in kept:
         shutil.copyfile(path, checkpoint / path.name)
+    if (source / ADAPTER_CONFIG).is_file():
+        write_adapters_(checkpoint, whole["weights"])
     torch.save(dict(whole), checkpoint / WHOLE_STATE)
     seal(checkpoint, step=step_of(source) or 0)
     assert has_optimizer_state(checkpoint)

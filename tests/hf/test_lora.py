@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from lowmem.errors import FaultError, RecipeError
+from lowmem.hf.adapter_files import adapters_in
 from lowmem.hf.lora import add_lora, load_adapters, merge, save_adapters, trainable_parameters
 from lowmem.recipe.schema import LoraRecipe
 from tests.hf.tiny_models import checkpoint_activations, tiny_batch, tiny_model
@@ -57,6 +58,16 @@ def test_named_layers_and_no_others_are_adapted(target: str | list[str]) -> None
 def test_layers_of_gpt2_which_are_no_nn_linear_are_adapted_too() -> None:
     assert adapted_names(add_lora(tiny_model("gpt2"), LoraRecipe(target=["c_attn"]))) == {"c_attn"}
     assert "c_fc" in adapted_names(add_lora(tiny_model("gpt2"), LoraRecipe()))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_what_an_adapter_file_holds_is_known_by_the_names_of_the_parameters(tmp_path, kind) -> None:
+    model = with_random_b(add_lora(tiny_model(kind), LoraRecipe(r=2)))
+    save_adapters(model, tmp_path)
+    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    found = adapters_in(tmp_path)
+    assert found.keys() == trained.keys()
+    assert all(torch.equal(found[name], param) for name, param in trained.items())
 
 
 def test_names_that_match_nothing_are_all_reported_with_near_ones() -> None:
