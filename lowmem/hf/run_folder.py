@@ -67,6 +67,11 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def on_trial(self) -> Path:
+        """A checkpoint of the state before the first step, which is tried out and taken away."""
+        return self.unfinished / f"{CHECKPOINT_PREFIX}0"
+
+    @property
     def unfinished(self) -> Path:
         """Where a checkpoint is written before it has its name."""
         return self.path / ".saving"

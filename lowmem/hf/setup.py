@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
@@ -26,12 +25,13 @@ from lowmem.hf.callbacks import (
     StopOnInterrupt,
     StopOnNonFinite,
 )
-from lowmem.hf.disk import optimizer_states_to_come, refuse_too_small_disk
+from lowmem.hf.disk import room_for
+from lowmem.hf.divided_trial import trial_summary, try_divided
 from lowmem.hf.environment import describe_environment
 from lowmem.hf.evaluation import HeldOut
 from lowmem.hf.interrupt import Interrupt
 from lowmem.hf.launch import SHARDED, WITHOUT_WHOLE_WEIGHTS, strategy_for
-from lowmem.hf.make_optimizer import float_bytes, make_optimizer, model_bytes, trainable_bytes
+from lowmem.hf.make_optimizer import make_optimizer, model_bytes, trainable_bytes
 from lowmem.hf.memory_snapshot import FILE as SNAPSHOT
 from lowmem.hf.memory_snapshot import SnapshotOfAStep
 from lowmem.hf.metering import StepWatch
@@ -49,9 +49,8 @@ from lowmem.memory.wording import size
 from lowmem.optim.build import describe_groups
 from lowmem.recipe.dump import dump_recipe
 from lowmem.recipe.schema import Recipe
-from lowmem.run.checkpoint import newest_with_optimizer_state, step_of
+from lowmem.run.checkpoint import step_of
 from lowmem.run.checkpoint_interval import read_interval
-from lowmem.run.checkpoint_probe import checksum_bytes_per_second
 from lowmem.run.folder_lock import FolderLock, lock_folder
 from lowmem.run.one_voice import all_or_none
 
@@ -179,26 +178,17 @@ def prepare_run(recipe: Recipe, interrupt: Interrupt) -> Run:
     say(trainer.execution_summary)
     for remark in remarks(recipe, tokens_per_step, args.world_size):
         say(remark)
+    saved_bytes = trainable_bytes(model) if isinstance(model, PeftModel) else model_bytes(model)
+    room = room_for(recipe, folder, model, saved_bytes)
     if is_main:
-        saved_bytes = trainable_bytes(model) if isinstance(model, PeftModel) else model_bytes(model)
-        to_come = checkpoints_to_come(recipe, folder)
-        refuse_too_small_disk(
-            folder.path,
-            checkpoint_bytes=saved_bytes,
-            checkpoints_to_come=to_come,
-            final_model_bytes=final_model_bytes(recipe, model, saved_bytes),
-            optimizer_state_bytes=state_bytes,
-            optimizer_states_to_come=optimizer_states_to_come(
-                recipe.save.optimizer_states,
-                checkpoints_to_come=to_come,
-                has_one=newest_with_optimizer_state(folder.checkpoints()) is not None,
-            ),
-        )
+        room.refuse_too_small(state_bytes)
         forget_rows_to_come_(folder, checkpoint)
     total_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
     is_trained_already = checkpoint is not None and (step_of(checkpoint) or 0) >= total_steps
-    is_divided = trainer.steps_in_pieces is not None
-    if is_main and recipe.save.probe_at_start and not is_trained_already and not is_divided:
+    if trainer.steps_in_pieces is not None:
+        writes = recipe.save.probe_at_start
+        trainer.once_divided = lambda: try_divided(trainer, room, say, total_steps, writes=writes)
+    elif is_main and recipe.save.probe_at_start and not is_trained_already:
         seconds = trainer.try_to_save(total_steps, in_small=saved_bytes > SAVED_WHOLE_ON_TRIAL_BYTES)
         say(trial_summary(seconds, saved_bytes + state_bytes))
     return Run(
@@ -236,14 +226,6 @@ def forget_rows_to_come_(folder: RunFolder, checkpoint: Path | None) -> None:
     folder.metrics.forget_after_(step_of(checkpoint), row_is_provisional=is_cut)
 
 
-def trial_summary(seconds: float, checkpoint_bytes: int) -> str:
-    checksum_seconds = checkpoint_bytes / checksum_bytes_per_second()
-    return (
-        f"checkpoints: {size(checkpoint_bytes)} each, checksums take {checksum_seconds:.2g} s of it; a trial was "
-        f"written and read back in {seconds:.2g} s"
-    )
-
-
 def data_summary(where: str, prepared: Prepared) -> str:
     """One line; counts that are 0 and mean that nothing was wrong are left out."""
     count = prepared.summary
@@ -252,25 +234,6 @@ def data_summary(where: str, prepared: Prepared) -> str:
         f"{where}: {count['rows']:,} rows{odd} -> {count['sequences']:,} sequences, {count['tokens']:,} tokens, "
         f"{count['trained_tokens']:,} of them trained"
     )
-
-
-def checkpoints_to_come(recipe: Recipe, folder: RunFolder) -> int:
-    """Checkpoints the disk must have room for: those kept and one more, less those that are there.
-
-    A run that saves none regularly still needs room for the one of an interrupt.
-    """
-    if recipe.save.every is None:
-        return 1
-    return recipe.save.keep + 1 - min(len(folder.checkpoints()), recipe.save.keep)
-
-
-def final_model_bytes(recipe: Recipe, model: nn.Module, saved_bytes: int) -> int:
-    """Of int8 weights that become float ones, both are on the disk for a while."""
-    if not recipe.save.model:
-        return 0
-    if recipe.model.weights == "int8" and not recipe.save.int8:
-        return saved_bytes + float_bytes(model)
-    return model_bytes(model) if recipe.save.merge_lora else saved_bytes
 
 
 def indented(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from lowmem.hf.atomic_folder import checkpoint_faults_explained
 from lowmem.hf.final_model import save_weights
 from lowmem.hf.lora import restore_adapters_
 from lowmem.hf.trainer_checkpoints import CheckpointedTrainer
-from lowmem.hf.whole_weights import whole_state_dict
+from lowmem.hf.whole_weights import state_dict_in_small, whole_state_dict
 from lowmem.optim.engine import LowMemOptimizer
 from lowmem.run.checkpoint import WHOLE_STATE
+from lowmem.run.checkpoint_probe import pieces_in_small
 from lowmem.run.layouts.attach import StepsInPieces
 from lowmem.run.layouts.saved_pieces import file_name, load_pieces_, saved_pieces
 from lowmem.run.layouts.whole_state import load_whole_state_
@@ -33,21 +35,29 @@ class ShardedTrainer(CheckpointedTrainer):
     """
 
     steps_in_pieces: StepsInPieces | None
+    once_divided: Callable[[], None] | None = None
+    """Called by every process before its first step, where the model is divided."""
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
         """Weights are loaded while the model is whole, and the state when it is in pieces."""
-        if not self._is_sharded or resume_from_checkpoint is None:
+        if not self._is_sharded:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        with checkpoint_faults_explained(Path(resume_from_checkpoint)):
-            if isinstance(self.model, PeftModel):
-                restore_adapters_(self.model, Path(resume_from_checkpoint))
-            else:
-                load_whole_weights_(self.model, Path(resume_from_checkpoint))
+        if resume_from_checkpoint is not None:
+            self._load_whole(Path(resume_from_checkpoint))
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        if self.once_divided is not None:
+            self.once_divided()
         return prepared
+
+    def _load_whole(self, checkpoint: Path) -> None:
+        with checkpoint_faults_explained(checkpoint):
+            if isinstance(self.model, PeftModel):
+                restore_adapters_(self.model, checkpoint)
+            else:
+                load_whole_weights_(self.model, checkpoint)
 
     @property
     def _is_sharded(self) -> bool:
@@ -84,6 +94,19 @@ class ShardedTrainer(CheckpointedTrainer):
         if self.args.should_save:
             assert self.lr_scheduler is not None
             torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
+
+    def write_trial(self, folder: Path, total_steps: int) -> None:
+        """This process' files of a checkpoint, every tensor cut down to one value; all must call it."""
+        assert self.steps_in_pieces is not None
+        folder.mkdir(parents=True, exist_ok=True)
+        name = file_name(self.args.process_index, self.args.world_size)
+        torch.save(pieces_in_small(self.steps_in_pieces.pieces), folder / name)
+        self._save_rng_state(str(folder))
+        model = self.accelerator.unwrap_model(self.model)
+        weights = state_dict_in_small(model, only_trained=isinstance(model, PeftModel))
+        if self.args.should_save:
+            save_weights(model, folder, weights=weights)
+            self.write_rest_of_trial(folder, total_steps)
 
     def _load_state(self, checkpoint: str) -> None:
         """Raises RefusedError for state that another launch has saved, which a Trainer would leave out silently."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,37 +106,27 @@ class CheckpointedTrainer(Trainer):
         """
         assert self.run_folder is not None, "a trial without a run folder"
         begin = time.perf_counter()
-        trial = self.run_folder.unfinished / f"{CHECKPOINT_PREFIX}0"
+        trial = self.run_folder.on_trial
         shutil.rmtree(trial, ignore_errors=True)
         try:
-            with disk_faults_explained("The checkpoint on trial", self.run_folder.newest_checkpoint):
-                self._write_trial(trial, total_steps, in_small=in_small)
-                seal(trial, step=0)
-                verify(trial)
-                with safe_globals():  # numpy's types, for the file of the random generators
-                    read_back(trial)
-        except (FaultError, RefusedError):
-            raise
-        # Whatever a writer raises for a value it cannot keep is what this trial is for.
-        except Exception as error:
-            raise FaultError(
-                f"What this run would save cannot be saved: {error or type(error).__name__} Nothing was trained yet. "
-                "save.probe_at_start: false trains all the same, without checkpoints that can be relied on."
-            ) from error
+            with trial_explained(self.run_folder.newest_checkpoint):
+                trial.mkdir(parents=True)
+                save_weights(self.accelerator.unwrap_model(self.model), trial, in_small=in_small)
+                torch.save(state_in_small(self.create_optimizer()), trial / "optimizer.pt")
+                self._save_rng_state(str(trial))
+                self.write_rest_of_trial(trial, total_steps)
+                check_trial(trial)
         finally:
             shutil.rmtree(self.run_folder.unfinished, ignore_errors=True)
         return time.perf_counter() - begin
 
-    def _write_trial(self, folder: Path, total_steps: int, *, in_small: bool) -> None:
-        folder.mkdir(parents=True)
-        save_weights(self.accelerator.unwrap_model(self.model), folder, in_small=in_small)
+    def write_rest_of_trial(self, folder: Path, total_steps: int) -> None:
+        """What is neither weights nor a process' own, on the main process."""
         if self.processing_class is not None:
             self.processing_class.save_pretrained(str(folder))
-        torch.save(state_in_small(self.create_optimizer()), folder / "optimizer.pt")
         stand_in = torch.optim.SGD([torch.zeros(())])
         schedule = LambdaLR(stand_in, learning_rate_factor(self.schedule, total_steps))
         torch.save(schedule.state_dict(), folder / "scheduler.pt")
-        self._save_rng_state(str(folder))
         write_interval(folder, Interval(0.0, 0))
         self.state.save_to_json(str(folder / STATE_FILE))
 
@@ -183,3 +175,26 @@ class CheckpointedTrainer(Trainer):
             assert self.processing_class is not None
             save_weights(self.accelerator.unwrap_model(self.model), output_dir)
             self.processing_class.save_pretrained(output_dir)
+
+
+@contextmanager
+def trial_explained(newest: Callable[[], Path | None]) -> Iterator[None]:
+    """Turn whatever a writer raises for a value it cannot keep into a FaultError: that is what a trial is for."""
+    try:
+        with disk_faults_explained("The checkpoint on trial", newest):
+            yield
+    except (FaultError, RefusedError):
+        raise
+    except Exception as error:
+        raise FaultError(
+            f"What this run would save cannot be saved: {error or type(error).__name__} Nothing was trained yet. "
+            "save.probe_at_start: false trains all the same, without checkpoints that can be relied on."
+        ) from error
+
+
+def check_trial(folder: Path) -> None:
+    """Seal it, verify it, and read it back as who resumes does."""
+    seal(folder, step=0)
+    verify(folder)
+    with safe_globals():  # numpy's types, for the file of the random generators
+        read_back(folder)

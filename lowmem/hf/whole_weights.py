@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -52,6 +53,27 @@ def whole_state_dict(model: nn.Module, *, keeps: bool, only_trained: bool = Fals
             found[name] = copies[id(param)]
     if keeps and not only_trained:
         found |= {name: value.cpu() for name, value in model.named_buffers() if name in persistent}
+    return found
+
+
+def state_dict_in_small(model: nn.Module, *, only_trained: bool = False) -> dict[str, Tensor]:
+    """What `whole_state_dict` gives, with one value for each tensor and nothing brought together.
+
+    Every process must call it, though no values travel.
+    """
+    persistent = set(model.state_dict())
+    copies: dict[int, Tensor] = {}
+    found = {
+        name: copies.setdefault(id(param), torch.zeros(1, dtype=param.dtype))
+        for name, param in model.named_parameters(remove_duplicate=False)
+        if param.requires_grad or not only_trained
+    }
+    if not only_trained:
+        found |= {
+            name: torch.zeros(1, dtype=value.dtype)
+            for name, value in model.named_buffers()
+            if name in persistent
+        }
     return found
 
 

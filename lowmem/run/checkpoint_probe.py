@@ -14,10 +14,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lowmem.numerics.held_weights import numel_of, shape_of
+from lowmem.numerics.held_weights import numel_of
 from lowmem.optim import LowMemOptimizer, registry
 from lowmem.run.checkpoint_manifest import checksum_of_stream
 from lowmem.run.checkpoint_tensors import write_safetensors
+from lowmem.run.layouts.piece_optimizer import PieceOptimizer
+from lowmem.run.layouts.saved_pieces import own_weights, saved_pieces
 
 RATE_BYTES = 2**24
 
@@ -36,12 +38,22 @@ def state_in_small(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         for param, index in zip(group["params"], saved_group["params"], strict=True):
             if not param.requires_grad or numel_of(param) == 0:
                 continue
-            rule = owner.rule(group, shape_of(param))
+            rule = owner.rule(group, optimizer._whole_shape(param))
             declared: dict[str, Tensor] = {}
             for codec in optimizer._codecs(param, group, rule).values():
                 declared.update(codec.allocate(torch.device("meta")))
             state[index] = _in_small({**declared, "step": torch.zeros((), dtype=torch.float32)})
     return {"state": state, "param_groups": saved["param_groups"]}
+
+
+def pieces_in_small(pieces: PieceOptimizer) -> dict[str, Any]:
+    """What `saved_pieces` will hold after a step, every tensor cut down to one value."""
+    return {**_in_small(saved_pieces(pieces)), "state": state_in_small(pieces)}
+
+
+def piece_file_bytes(pieces: PieceOptimizer) -> int:
+    """What the tensors that this process saves will take: its state, and weights that nobody else keeps."""
+    return pieces.state_bytes() + sum(weight.nbytes for weight in own_weights(pieces).values())
 
 
 def write_safetensors_in_small(

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lowmem.errors import RefusedError
 from lowmem.optim.registry import OPTIMIZERS
+from lowmem.run.checkpoint_probe import piece_file_bytes, pieces_in_small
 from lowmem.run.layouts.attach import attach_to_fsdp2
 from lowmem.run.layouts.saved_pieces import saved_pieces
 from lowmem.run.layouts.whole_state import load_whole_state_, whole_state_of_one, whole_state_of_pieces
@@ -73,11 +74,13 @@ def work(rank: int, world: int, port: int, given: str, out: str) -> None:
         for case in OF_WORLD[world]:
             data = [[ids[rank::world] for ids in step] for step in batches(STEPS, 1)]
             model, optimizer, steps = in_rows(case, net().parameters(), world)
+            small, nbytes = pieces_in_small(steps.pieces), piece_file_bytes(steps.pieces)
             half = train(model, optimizer, data[:STOP])
             saved = pickle.loads(pickle.dumps(saved_pieces(steps.pieces)))
             model, optimizer, steps = in_rows(case, states[str(case)]["weights"], world)
             load_whole_state_(steps.pieces, states[str(case)]["whole"])
             found[str(case)] = {"half": half, "saved": saved, "end": train(model, optimizer, data[STOP:])}
+            found[str(case)] |= {"small": pickle.loads(pickle.dumps(small)), "nbytes": nbytes}
         torch.save(found, Path(out, f"{rank}.pt"))
     finally:
         dist.destroy_process_group()
@@ -113,6 +116,22 @@ def close(case, found, expected) -> None:
     if case in (INT8, LIBRARY):  # other blocks of 256 values, so other rounding: a few of the steps of 1e-2
         bound = 2e-2
     assert max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True)) < bound
+
+
+def kinds_of(saved) -> dict[int, dict[str, torch.dtype]]:
+    state = saved["state"]["state"]
+    return {index: {key: value.dtype for key, value in each.items()} for index, each in state.items()}
+
+
+@pytest.mark.parametrize(("world", "case"), [each for each in PAIRS if each.values[1] not in TURNS])
+def test_before_the_first_step_a_process_knows_what_it_will_save(ranks_of, world, case):
+    for found in ranks_of(world):
+        small, saved = found[str(case)]["small"], found[str(case)]["saved"]
+        assert kinds_of(small) == kinds_of(saved)
+        assert small["places"] == saved["places"]
+        tensors = [value for each in saved["state"]["state"].values() for value in each.values()]
+        assert found[str(case)]["nbytes"] == sum(value.nbytes for value in tensors) > 0
+        assert all(value.numel() == 1 for each in small["state"]["state"].values() for value in each.values())
 
 
 @pytest.mark.parametrize(("world", "case"), PAIRS)
