@@ -16,6 +16,7 @@ from lowmem.hf.atomic_folder import disk_faults_explained, write_atomically
 from lowmem.hf.baseline import measure_baselines
 from lowmem.hf.conditions import conditions
 from lowmem.hf.final_model import write_final_model
+from lowmem.hf.held_bytes import planned_processes
 from lowmem.hf.launch import WITHOUT_WHOLE_WEIGHTS, launched_strategy
 from lowmem.hf.lora import add_lora, merge
 from lowmem.hf.metrics import MetricsFile, Value, printable_number
@@ -27,6 +28,7 @@ from lowmem.hf.run_folder import RunFolder
 from lowmem.hf.setup import Run, Say
 from lowmem.hf.whole_weights import loaded_whole, whole_numel
 from lowmem.memory.measure import Measured
+from lowmem.memory.processes import HeldByProcesses, process_table, processes_document
 from lowmem.memory.report import memory_document, table, write_report
 from lowmem.recipe.schema import Recipe
 
@@ -101,6 +103,9 @@ class Findings:
     conditions: dict[str, Any]
     gpu_bytes: int | None
     say: Say
+    held: HeldByProcesses | None = None
+    held_after: int = 0
+    """Steps after which that was counted."""
     is_divided: bool = False
     """Over processes: what is measured on one is neither a plan's nor a baseline's whole model."""
 
@@ -116,6 +121,8 @@ def let_go(run: Run) -> Findings:
         conditions=conditions_of(run),
         gpu_bytes=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
         say=run.say,
+        held=None if run.held is None else run.held.of_all(),
+        held_after=0 if run.held is None else run.held.counted,
         is_divided=run.is_divided,
     )
     run.trainer.accelerator.end_training()
@@ -155,12 +162,29 @@ def report(findings: Findings) -> None:
         )
         with disk_faults_explained("memory.json", findings.folder.newest_checkpoint()):
             write_atomically(findings.folder.memory, json.dumps(document, indent=2))
+    if findings.held is not None:
+        write_processes(findings, findings.held)
     written = write_report(findings.folder.path)
     if findings.folder.memory.is_file():
         findings.say(table(json.loads(findings.folder.memory.read_text(encoding="utf-8"))))
+    if findings.held is not None:
+        findings.say(process_table(json.loads(findings.folder.processes.read_text(encoding="utf-8"))))
     for line in evaluation_lines(findings.folder.metrics):
         findings.say(line)
     findings.say(f"report: {written}")
+
+
+def write_processes(findings: Findings, held: HeldByProcesses) -> None:
+    """processes.json, with what the formulas say beside what was counted."""
+    strategy = launched_strategy()
+    assert strategy != "single"
+    planned: HeldByProcesses | str | None = None
+    if findings.recipe.report.plan:
+        world = findings.conditions["world_size"]
+        planned = planned_processes(findings.recipe, strategy, world, on_cuda=findings.gpu_bytes is not None)
+    document = processes_document(held, strategy, steps=findings.held_after, planned=planned)
+    with disk_faults_explained("processes.json", findings.folder.newest_checkpoint()):
+        write_atomically(findings.folder.processes, json.dumps(document, indent=2))
 
 
 def evaluation_lines(metrics: MetricsFile) -> list[str]:

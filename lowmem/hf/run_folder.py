@@ -63,6 +63,10 @@ class RunFolder:
         return self.path / "memory.json"
 
     @property
+    def processes(self) -> Path:
+        return self.path / "processes.json"
+
+    @property
     def model(self) -> Path:
         return self.path / "model"
 
@@ -113,8 +117,9 @@ class RunFolder:
         self.metrics.replacement.unlink(missing_ok=True)
         for path in (self.recipe, self.environment):
             path.with_name(f".{path.name}.new").unlink(missing_ok=True)
-        if self.memory.is_file() and not _is_json(self.memory):
-            self.memory.unlink()
+        for path in (self.memory, self.processes):
+            if path.is_file() and not _is_json(path):
+                path.unlink()
         for folder in self.path.glob(f".{CHECKPOINT_PREFIX}*.deleting"):
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -29,6 +29,7 @@ from lowmem.hf.disk import room_for
 from lowmem.hf.divided_trial import trial_summary, try_divided
 from lowmem.hf.environment import describe_environment
 from lowmem.hf.evaluation import HeldOut
+from lowmem.hf.held_bytes import HeldBytes
 from lowmem.hf.interrupt import Interrupt
 from lowmem.hf.launch import SHARDED, WITHOUT_WHOLE_WEIGHTS, strategy_for
 from lowmem.hf.make_optimizer import make_optimizer, model_bytes, trainable_bytes
@@ -74,6 +75,8 @@ class Run:
     stop: StopOnInterrupt
     checkpoint: Path | None
     total_steps: int
+    held: HeldBytes | None = None
+    """Of a divided run."""
     lock: FolderLock | None = None  # held while this lives; None on processes other than the main one
 
     @property
@@ -185,7 +188,10 @@ def prepare_run(recipe: Recipe, interrupt: Interrupt) -> Run:
         forget_rows_to_come_(folder, checkpoint)
     total_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
     is_trained_already = checkpoint is not None and (step_of(checkpoint) or 0) >= total_steps
+    held = None
     if trainer.steps_in_pieces is not None:
+        held = HeldBytes(trainer, PeakSoFar(watch, args.device))
+        trainer.add_callback(held)
         writes = recipe.save.probe_at_start
         trainer.once_divided = lambda: try_divided(trainer, room, say, total_steps, writes=writes)
     elif is_main and recipe.save.probe_at_start and not is_trained_already:
@@ -203,6 +209,7 @@ def prepare_run(recipe: Recipe, interrupt: Interrupt) -> Run:
         stop=stop,
         checkpoint=checkpoint,
         total_steps=total_steps,
+        held=held,
         lock=lock,
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from lowmem.memory.blocks import Block, Bullets, Code, Heading, Paragraph, Picture, Table
 from lowmem.memory.plots import series
+from lowmem.memory.processes import process_lines, process_rows
 from lowmem.memory.run_files import RunFiles
 from lowmem.memory.table import (
     accounts,
@@ -27,6 +28,7 @@ def report_blocks(run: RunFiles, pictures: set[str]) -> list[Block]:
     blocks: list[Block] = [Heading(_title(run), level=1)]
     blocks += _headline(run)
     blocks += _memory(run, pictures)
+    blocks += _processes(run)
     blocks += _loss(run, pictures)
     blocks += _speed(run, pictures)
     if run.environment is not None:
@@ -80,6 +82,16 @@ def _memory(run: RunFiles, pictures: set[str]) -> list[Block]:
     blocks += [Bullets(lines), Paragraph(method_line(run.memory))]
     conditions = [list(line) for line in condition_lines(run.memory["conditions"])]
     return [*blocks, Table(["measured with", ""], conditions, numbers=False)] if conditions else blocks
+
+
+def _processes(run: RunFiles) -> list[Block]:
+    if run.processes is None:
+        return []
+    return [
+        Heading("Memory of each process"),
+        Table(*process_rows(run.processes)),
+        Paragraph(" ".join(process_lines(run.processes))),
+    ]
 
 
 def _loss(run: RunFiles, pictures: set[str]) -> list[Block]:

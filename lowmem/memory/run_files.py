@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.errors import RecipeError
+from lowmem.memory.processes import FILE as PROCESSES
+from lowmem.memory.processes import is_processes_document
 
 FILES = ("memory.json", "metrics.jsonl", "recipe.yaml", "environment.json")
 
@@ -18,6 +20,8 @@ class RunFiles:
 
     path: Path
     memory: dict[str, Any] | None = None
+    processes: dict[str, Any] | None = None
+    """Of a run that was divided."""
     training: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -39,6 +43,7 @@ def read_run(run_dir: str | Path) -> RunFiles:
         )
     run = RunFiles(path)
     run.memory = _memory(run)
+    run.processes = _processes(run)
     _read_metrics(run)
     _read_recipe(run)
     run.environment = _json_object(run, "environment.json", "what the run ran on")
@@ -83,6 +88,17 @@ def _memory(run: RunFiles) -> dict[str, Any] | None:
         if all(_is_account(account) for account in named):
             return value
     run.gaps.append("memory.json is not a memory document of lowmem: the memory the run needed is unknown.")
+    return None
+
+
+def _processes(run: RunFiles) -> dict[str, Any] | None:
+    """processes.json, which only a divided run has."""
+    if not (run.path / PROCESSES).is_file():
+        return None
+    value = _json_object(run, PROCESSES, "what each process held")
+    if value is None or is_processes_document(value):
+        return value
+    run.gaps.append(f"{PROCESSES} is not a document of lowmem: what each process held is unknown.")
     return None
 
 

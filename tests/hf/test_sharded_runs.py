@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 import lowmem.hf.ending
 from lowmem.hf.flow import train
+from lowmem.memory.ledger import rounded
 from tests.hf.launches import SETTINGS, ended, ranks_of, rows_of, start, with_deepspeed
 from tests.hf.tiny_runs import tiny_recipe, write_model, write_recipe
 
@@ -77,8 +79,9 @@ def trained(tmp_path_factory):
         if name not in folders:
             folder = folders[name] = tmp_path_factory.mktemp(name.replace(" ", "_"))
             write_recipe(folder, write_model(folder / "model"))
-            done = ended(run_of(name, folder))
+            done = ended(run_of(name, folder, "report.plan=true"))
             assert done.returncode == 0, done.stderr[-3000:]
+            assert done.stdout.count("a trial was written and read back") == 1
             assert done.stdout.count("data.train:") == 1, "one process speaks"
         return folders[name]
 
@@ -128,6 +131,34 @@ def test_two_processes_train_the_weights_of_one(tmp_path, monkeypatch, trained, 
         for key in ("loss", "eval_loss", "tokens", "lr", "full_grad_norm"):
             if left.get(key) is not None and right.get(key) is not None:
                 assert left[key] == pytest.approx(right[key], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    named(
+        *("fsdp2", "zero3", "zero3 in bfloat16", "zero1", "zero2", "zero2 in bfloat16"),
+        *("fsdp2 with LoRA", "zero3 with LoRA", "zero3 with LoRA in bfloat16"),
+        *("zero2 with state on the host", "zero3 with state on the host"),
+    ),
+)
+def test_the_report_has_what_each_process_held_beside_what_the_formulas_say(trained, name):
+    run = trained(name) / "run"
+    found = json.loads((run / "processes.json").read_text())
+    state = []
+    for rank in range(2):
+        saved = torch.load(run / f"checkpoint-{STEPS}" / f"optimizer-{rank}-of-2.pt", weights_only=True)
+        tensors = [value for each in saved["state"]["state"].values() for value in each.values()]
+        state.append(sum(rounded(value.nbytes) for value in tensors))
+    assert found["optimizer_state_bytes"] == {"least": min(state), "most": max(state)}
+    assert found["peak_allocated_bytes"] is None
+    assert "no allocator counts" in found["not_measured"]["peak_allocated_bytes"]
+    if name.split()[1:3] == ["with", "LoRA"]:
+        assert found["planned"] is None
+        assert "adapters have no memory formula" in found["not_measured"]["planned"]
+    else:
+        for what in ("weights_bytes", "optimizer_state_bytes"):
+            assert found["planned"][what] == found[what]
+    assert "## Memory of each process" in (run / "report.md").read_text()
 
 
 @pytest.mark.parametrize("name", named("fsdp2 with LoRA", "zero3 with LoRA"))
