@@ -23,6 +23,9 @@ from lowmem.run.checkpoint_probe import checksum_bytes_per_second, piece_file_by
 from lowmem.run.layouts.saved_pieces import file_name
 from lowmem.run.one_voice import all_or_none
 
+SEEN_WITHIN_SECONDS = 10.0
+"""A network's file system may show late what another machine has written."""
+
 
 def try_divided(
     trainer: ShardedTrainer, room: Room, say: Callable[[str], Any], total_steps: int, *, writes: bool
@@ -62,10 +65,16 @@ def try_divided(
 
 def refuse_other_folders(trial: Path, processes: int) -> None:
     """Raises FaultError where a process has written its file to a place that this one does not see."""
-    missing = [rank for rank in range(processes) if not (trial / file_name(rank, processes)).is_file()]
-    if missing:
+
+    def missing() -> list[int]:
+        return [rank for rank in range(processes) if not (trial / file_name(rank, processes)).is_file()]
+
+    end = time.monotonic() + SEEN_WITHIN_SECONDS
+    while missing() and time.monotonic() < end:
+        time.sleep(0.1)
+    if unseen := missing():
         raise FaultError(
-            f"What process {missing[0]} has written to {trial.parent.parent} is not there on the first machine: the "
+            f"What process {unseen[0]} has written to {trial.parent.parent} is not there on the first machine: the "
             "run folder is another one on each. Point save.dir at a disk that all machines share."
         )
 

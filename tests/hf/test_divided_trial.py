@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+import lowmem.hf.divided_trial
 from lowmem.errors import FaultError
 from lowmem.hf.divided_trial import refuse_other_folders
 from lowmem.hf.lora import add_lora
@@ -41,7 +42,8 @@ def test_a_disk_that_is_too_small_for_one_process_is_said_once_before_the_first_
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
-def test_a_run_folder_that_is_another_one_on_each_machine_is_refused(tmp_path):
+def test_a_run_folder_that_is_another_one_on_each_machine_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(lowmem.hf.divided_trial, "SEEN_WITHIN_SECONDS", 0.0)
     trial = tmp_path / "run" / ".saving" / "checkpoint-0"
     trial.mkdir(parents=True)
     for rank in (0, 2):
