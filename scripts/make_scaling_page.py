@@ -21,7 +21,11 @@ from model_shapes import MODELS
 from lowmem.memory.architecture import Architecture
 from lowmem.memory.divided_buffers import tail_numel
 from lowmem.memory.divided_estimate import divided_estimate
-from lowmem.memory.divided_exchange import BATCH_NUMEL, sent_values, updated_one_after_another
+from lowmem.memory.divided_exchange import (
+    BATCH_NUMEL,
+    sent_bytes,
+    updated_one_after_another,
+)
 from lowmem.memory.divided_pieces import Division, Shown, Strategy, divided
 from lowmem.memory.divided_state import divided_state_bytes, itemsize_of_stepped
 from lowmem.memory.divided_traffic import strategy_sent_values
@@ -47,6 +51,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sgd_sai": ("sgd_sai", {}),
     "adafactor": ("adafactor", {}),
     "galore": ("galore", {"rank": RANK}),
+    "galore, rank 128": ("galore", {"rank": 128}),
     "q_galore": ("q_galore", {"rank": RANK}),
     "frugal": ("frugal", {}),
     "swan": ("swan", {}),
@@ -80,16 +85,18 @@ what a process holds and sends when 8, 64, 512 or 1024 of them, one a GPU, train
 
 ## What follows from it
 
-- **State is divided by W until there are as many processes as matrices.** A matrix is updated whole by one process. LLaMA-2-7B
-  has MATRICES of them, so of 512 processes NONE own none, and the state of the fullest stays that of the largest matrix and its
-  share of the rest. By then state is a small part of what a process holds.
+- **Rows that need little of each other are updated where they are**: all matrices of sinkgd, adafactor and frugal, those of
+  galore that are not wide while its basis is no more than a quarter of a process' share of the matrix. A few sums are sent.
+- **State is divided by W until there are as many processes as matrices.** Any other matrix is updated whole by one process.
+  LLaMA-2-7B has MATRICES of them under galore of rank RANK, so of 512 processes NONE own none, and the state of the fullest
+  stays that of the largest matrix and its share of the rest. By then state is a small part of what a process holds.
 - **More processes than matrices do not make updates faster.** *Updates at the same time* below is how many times faster all of
   them are than one process would be, if all owners are equally fast and sending takes no time. It stays below the number of
   processes since an owner has BATCH values of matrices at one time, or one larger matrix, and others wait for the slowest.
 - **Sending for matrices fades beside the strategy.** With equal pieces it is 3 m n (W - 1) / W^2 values of a matrix, once a
   step, while FSDP2 and ZeRO-3 send about three times all values in every micro-batch. Under ZeRO-1 only what lies across a
-  border travels. An owner of a large matrix sends that back whole, which is the most that a process sends with many of them. adafactor sends
-  embedding and head, too; sgd_sai's first step, which is not counted, has every gradient whole once.
+  border travels. An owner of a large matrix sends that back whole, which is the most that a process sends with many of them.
+  Not counted are refreshes by rows, for which every process has the whole gradient, and sgd_sai's first step likewise.
 - **ZeRO-1 and DDP keep all weights, and ZeRO-1 all gradients, in every process**, whatever W is: GIB_70B GiB of weights alone
   for 70B.
 - **DDP is where projected gradients help**: galore and q_galore keep and average projections there (whole gradients in a step
@@ -113,8 +120,8 @@ def architecture(model: str) -> Architecture:
 
 
 @cache
-def shown(model: str, strategy: Strategy, processes: int) -> list[Shown]:
-    treated = all_treatments(recipe_for("galore", model).optimizer, architecture(model).parameters)
+def shown(model: str, strategy: Strategy, processes: int, optimizer: str = "galore") -> list[Shown]:
+    treated = all_treatments(recipe_for(optimizer, model).optimizer, architecture(model).parameters)
     return divided(treated, strategy, processes)
 
 
@@ -157,9 +164,17 @@ def sent_rows(model: str) -> list[str]:
             lines.append(row("ddp, galore", *map(gib, projected), *["-"] * len(WORLDS)))
             continue
         itemsize = itemsize_of_stepped(strategy, ITEMSIZE)
-        most = [itemsize * max(sent_values(shown(model, strategy, world), world)) for world in WORLDS]
+        most = [max(sent_bytes(shown(model, strategy, world), world, itemsize)) for world in WORLDS]
         lines.append(row(strategy, *cells, *(gib(nbytes) for nbytes in most)))
     return lines
+
+
+def optimizer_row(model: str, optimizer: str) -> str:
+    """What an optimizer has a process send in a step under FSDP2, and how many matrices are updated by rows."""
+    groups = [shown(model, "fsdp2", world, optimizer) for world in WORLDS]
+    by_rows = [sum(each.on_rows is not None for group in found for each in group) for found in groups]
+    sent = [max(sent_bytes(found, world, ITEMSIZE)) for found, world in zip(groups, WORLDS, strict=True)]
+    return row(f"`{optimizer}`", *(gib(nbytes) for nbytes in sent), " / ".join(map(str, by_rows)))
 
 
 def owned(model: str, processes: int) -> dict[int, list[Division]]:
@@ -210,12 +225,17 @@ def section(model: str) -> list[str]:
         *header("optimizer", "ddp, any number", *DIVIDED),
         *(memory_row(model, optimizer) for optimizer in OPTIMIZERS),
         "",
-        "GiB that a process sends in a step, for the strategy and, where rules need whole matrices, for these (the most of any):",
+        f"GiB that a process sends in a step, for the strategy and, with galore of rank {RANK}, for matrices (the most of any):",
         "",
         *header("strategy", *(f"{world}" for world in WORLDS), *(f"matrices, {world}" for world in WORLDS)),
         *sent_rows(model),
         "",
-        f"Owners of matrices under FSDP2, with galore; refreshes in 1e12 operations of the owner with most, once every {EVERY} steps, "
+        "The same by optimizer under FSDP2, in a step without a refresh, and matrices that are updated by rows:",
+        "",
+        *header("optimizer", *(str(world) for world in WORLDS), f"by rows, {worlds}"),
+        *(optimizer_row(model, optimizer) for optimizer in OPTIMIZERS),
+        "",
+        f"Owners of matrices under FSDP2, with galore of rank {RANK}; refreshes in 1e12 operations of the owner with most, once every {EVERY} steps, "
         "and staggered over them:",
         "",
         *header(
@@ -235,7 +255,8 @@ def section(model: str) -> list[str]:
 REFRESH = f"""\
 A basis of rank {RANK} is fitted by subspace iteration, of which matrix products and what makes columns orthonormal are counted
 (`lowmem/memory/refresh_flops.py`): torch's own count holds the products. What adamw and sgd_sai step has no
-owner, is not sent and needs no refresh; adafactor has owners for the rest, too, whose clipping needs all of a tensor.
+owner, is not sent and needs no refresh; adafactor has owners for norms, whose clipping needs all of a tensor. A basis that is
+fitted by rows is fitted by every process.
 """
 
 

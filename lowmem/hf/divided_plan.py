@@ -97,6 +97,7 @@ def _processes(found: DividedEstimate, strategy: Strategy, world: int) -> dict[s
         "strategy": strategy,
         "optimizer_state_bytes": {"least": min(found.state), "most": max(found.state)},
         "matrices_updated": {"least": min(found.matrices), "most": max(found.matrices)},
+        "matrices_by_rows": found.by_rows,
         "sent_bytes_a_step": {
             "for_matrices": {"least": min(found.sent), "most": max(found.sent)},
             "by_the_strategy": found.strategy_sent,

@@ -21,8 +21,8 @@ from lowmem.optim.engine import LowMemOptimizer
 from lowmem.run.checkpoint import WHOLE_STATE
 from lowmem.run.checkpoint_probe import pieces_in_small
 from lowmem.run.layouts.attach import StepsInPieces
+from lowmem.run.layouts.load_whole_state import load_whole_state_
 from lowmem.run.layouts.saved_pieces import file_name, load_pieces_, saved_pieces
-from lowmem.run.layouts.whole_state import load_whole_state_
 
 WEIGHTS = "model*.safetensors"
 

@@ -16,7 +16,7 @@ from lowmem.memory.architecture import Architecture
 from lowmem.memory.arrivals import ADD, GO, STAY, Arrivals
 from lowmem.memory.cards import CUBLAS_BYTES
 from lowmem.memory.divided_buffers import buffers, reduced_by_ddp, tail_numel
-from lowmem.memory.divided_exchange import exchange_bytes, sent_values
+from lowmem.memory.divided_exchange import exchange_bytes, sent_bytes
 from lowmem.memory.divided_pieces import DIVIDING, Shown, Strategy, divided
 from lowmem.memory.divided_state import divided_state_bytes, itemsize_of_stepped
 from lowmem.memory.divided_tensors import Setting, divided_tensors
@@ -44,8 +44,10 @@ class DividedEstimate:
     """Of each process."""
     matrices: list[int]
     """How many each process updates for all; none where every process updates all."""
+    by_rows: int
+    """How many are updated by the rows that each process has."""
     sent: list[int]
-    """By each process in a step, so that matrices are updated whole."""
+    """By each process in a step without a refresh, so that matrices are updated."""
     strategy_sent: int
     """By each process in a step, for the strategy itself."""
 
@@ -91,6 +93,7 @@ def _whole(
         ],
         [recipe_method(recipe, shape, on_cuda=on_cuda).state] * processes,
         [0] * processes,
+        0,
         [0] * processes,
         sent,
     )
@@ -179,7 +182,8 @@ def _divided(
         held,
         state,
         _owned(shown, processes),
-        [stepped * values for values in sent_values(shown, processes)],
+        sum(each.on_rows is not None for group in shown for each in group),
+        sent_bytes(shown, processes, stepped),
         method.itemsize * strategy_sent_values(strategy, numel, processes, micro_batches, tail=tail),
     )
 

@@ -1,7 +1,8 @@
-"""What processes send each other so that each matrix is updated whole, and what they hold meanwhile. Imports no torch.
+"""What processes send each other so that matrices are updated, and what they hold meanwhile. Imports no torch.
 
-Gradient and weight of a matrix go to its owner and the new weight comes back, each less what its owner has of it, so
-that process k sends in a step, in values, over all matrices of N values of which it has N_k:
+Where a matrix is updated by rows, sums in float32 are all that is sent. Gradient and weight of another go to its owner
+and the new weight comes back, each less what its owner has of it, so that process k sends in a step, in values, over
+all matrices of N values of which it has N_k:
 
     2 N_k         of each that another owns
     N - N_k       of each that it owns
@@ -26,7 +27,7 @@ BATCH_NUMEL = 1 << 26
 
 
 def sent_values(shown: Sequence[Shown], processes: int) -> list[int]:
-    """That each process sends in a step; a test holds it equal to what `PieceOptimizer` has counted."""
+    """That each process sends to owners and back in a step; a test holds it equal to what `PieceOptimizer` counts."""
     sent = [each for group in shown for each in group if each.is_sent]
     total = total_of_each(sent, processes, key=lambda _: None, of=lambda _, size: 2 * size)
     for each in sent:
@@ -34,6 +35,17 @@ def sent_values(shown: Sequence[Shown], processes: int) -> list[int]:
         own = each.sizes[each.owner]
         total[each.owner] += each.numel - own - 2 * own
     return total
+
+
+def summed_values(shown: Sequence[Shown]) -> int:
+    """That are added up over all processes in a step, in updates by rows, where no basis is refreshed."""
+    return sum(each.on_rows.summed for group in shown for each in group if each.on_rows is not None)
+
+
+def sent_bytes(shown: Sequence[Shown], processes: int, itemsize: int) -> list[int]:
+    """That each process sends in a step without a refresh: for whole matrices, and for sums as around a ring."""
+    summed = 2 * summed_values(shown) * (processes - 1) // processes
+    return [itemsize * values + 4 * summed for values in sent_values(shown, processes)]
 
 
 def batches(group: Shown) -> list[Shown]:
@@ -96,7 +108,10 @@ class _Updates:
             self._known[key] = update_bytes(
                 own.algorithm, own.settings, shape, self._itemsize, on_cuda=self._on_cuda
             )
-            if own.algorithm == "sgd_sai":  # its ratio is taken from the whole gradient, once
+            asks_for_whole = division.on_rows is not None and division.on_rows.whole_every
+            if (
+                own.algorithm == "sgd_sai" or asks_for_whole
+            ):  # a ratio once, or a basis, of the whole gradient
                 self._known[key] += division.numel * self._itemsize
         return self._known[key]
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lowmem.memory.architecture import Shape
+from lowmem.memory.divided_rows import OnRows, by_rows
 from lowmem.memory.frugal_states import frugal_rule
 from lowmem.memory.low_rank_states import LOW_RANK_STATES
 from lowmem.memory.state_formulas import Treatment, with_defaults
@@ -38,11 +39,15 @@ _MATRICES_WHOLE = frozenset({"sinkgd", "swan", "muon"})
 
 @dataclass(frozen=True)
 class Division:
-    """One parameter. `sizes[k]` of its values are at process k, and `owner` updates it; None where each its own."""
+    """One parameter. `sizes[k]` of its values are at process k, and `owner` updates it; None where each its own.
+
+    `on_rows` says how, where what each updates are rows of a matrix.
+    """
 
     treatment: Treatment
     sizes: tuple[int, ...]
     owner: int | None
+    on_rows: OnRows | None = None
 
     @property
     def numel(self) -> int:
@@ -103,16 +108,20 @@ def padded_rows(shape: Shape, processes: int) -> int:
 
 
 def _with_owners(group: Sequence[Treatment], sizes: Sequence[tuple[int, ...]], processes: int) -> Shown:
-    """The owner of a matrix is the one of its holders that has the least to do so far, the first of equals."""
+    """The owner of a matrix that is not updated by rows is the one of its holders that has the least to do so far."""
     load = [0] * processes
     found = []
     for each, own in zip(group, sizes, strict=True):
-        owner = None
-        if needs_whole(each.algorithm, each.settings, each.parameter.shape):
+        owner = on_rows = None
+        is_matrix_rule = needs_whole(each.algorithm, each.settings, each.parameter.shape)
+        if is_matrix_rule:
+            filled = with_defaults(each.algorithm, each.settings)
+            on_rows = by_rows(each.algorithm, filled, each.parameter.shape, own)
+        if is_matrix_rule and on_rows is None:
             holders = range(processes) if all(own) else [rank for rank, size in enumerate(own) if size]
             owner = min(holders or [0], key=load.__getitem__)
             load[owner] += each.parameter.numel
-        found.append(Division(each, own, owner))
+        found.append(Division(each, own, owner, on_rows))
     return found
 
 

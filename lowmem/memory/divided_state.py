@@ -2,6 +2,7 @@
 
     value by value    state of the piece that a process has, as of a flat parameter of its size: blocks of int8 codes
                       begin with the piece, and what is one number of a parameter is one number of each piece
+    by rows           state of a process' rows, and what every process has of it (`divided_rows`)
     whole matrices    all state of the matrix, at its owner
 
 and `step`, 4 bytes, for each parameter of which a process has state. Under ZeRO the values that an optimizer sees are
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from lowmem.memory.divided_pieces import Division, Shown, Strategy
+from lowmem.memory.divided_rows import of_rows
 from lowmem.memory.ledger import rounded
 from lowmem.memory.state_formulas import (
     STEP_BYTES,
@@ -59,6 +61,18 @@ def piece_state_bytes(treatment: Treatment, numel: int, itemsize: int, *, round_
     return sum(rounded(size, round_to) for size in (*sizes, STEP_BYTES))
 
 
+def rows_state_bytes(treatment: Treatment, numel: int, itemsize: int, *, round_to: int = 1) -> int:
+    """Of rows with `numel` values of a matrix that is updated by rows."""
+    settings, shape = (
+        with_defaults(treatment.algorithm, treatment.settings),
+        treatment.parameter.shape,
+    )
+    tensors = state_values(treatment.algorithm, settings, shape)
+    rows = [of_rows(name, each, shape, numel // shape[1]) for name, each in tensors.items()]
+    sizes = [size for each in rows for size in stored_sizes(each, settings, itemsize)]
+    return sum(rounded(size, round_to) for size in (*sizes, STEP_BYTES))
+
+
 def total_of_each(
     divisions: Sequence[Division], processes: int, key: Callable[[Division], object], of: _OfPiece
 ) -> list[int]:
@@ -83,7 +97,11 @@ def _in_one_turn(divisions: Sequence[Division], processes: int, itemsize: int, r
         [each for each in divisions if each.owner is None],
         processes,
         key=lambda each: (id(each.treatment.settings), each.treatment.parameter.shape),
-        of=lambda each, size: piece_state_bytes(each.treatment, size, itemsize, round_to=round_to),
+        of=lambda each, size: (
+            piece_state_bytes(each.treatment, size, itemsize, round_to=round_to)
+            if each.on_rows is None
+            else rows_state_bytes(each.treatment, size, itemsize, round_to=round_to)
+        ),
     )
     known: dict[object, int] = {}
     for each in divisions:

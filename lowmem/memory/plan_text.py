@@ -104,6 +104,8 @@ def _processes(document: dict[str, Any]) -> list[str]:
     if matrices := found["matrices_updated"]["most"]:
         least = found["matrices_updated"]["least"]
         lines.append(f"Each updates {least} to {matrices} matrices whole, for all.")
+    if by_rows := found["matrices_by_rows"]:
+        lines.append(f"{by_rows} matrices are updated where their rows are.")
     sent = found["sent_bytes_a_step"]
     lines.append(f"In a step each sends {size(sent['by_the_strategy'])} for {found['strategy']} itself")
     lines[-1] += (

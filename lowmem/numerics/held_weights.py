@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.numerics.packed_weights import packed_numel, scales_of
+from lowmem.numerics.row_share import ALL_ROWS, RowShare
 from lowmem.numerics.tiles import sum_and_squares
 
 Shape = tuple[int, ...]
@@ -106,13 +107,18 @@ def drop_grad_(param: Tensor) -> None:
         held.grad = None
 
 
-def root_mean_square_of(param: Tensor) -> Tensor:
-    """Of the values of the weight, as a float32 scalar on its device; a slice at a time."""
+def root_mean_square_of(param: Tensor, share: RowShare = ALL_ROWS) -> Tensor:
+    """Of the values of the weight, as a float32 scalar on its device; a slice at a time.
+
+    With a `share` of its rows, that of the whole weight.
+    """
     held = held_weight(param)
     slices = [param] if held is None else (held.load_rows(rows) for rows in held.row_slices())
     squares = sum(sum_and_squares(each)[1] for each in slices)
     assert isinstance(squares, Tensor)
-    return (squares / numel_of(param)).sqrt_().float()
+    rows = shape_of(param)[0] if shape_of(param) else 1
+    numel = numel_of(param) // rows * share.of_all(rows)
+    return (share.sum_(squares) / numel).sqrt_().float()
 
 
 def parameter_count(model: nn.Module, *, only_trained: bool = False) -> int:

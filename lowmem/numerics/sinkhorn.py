@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowmem.numerics.row_share import ALL_ROWS, RowShare
 from lowmem.numerics.tiles import row_slices
 
 Rows = Callable[[slice], Tensor]  # -> (rows, n) float32; may be somebody's memory, so never changed in place
@@ -38,6 +39,7 @@ def sinkhorn_scalings(
     *,
     iterations: int,
     device: torch.device,
+    share: RowShare = ALL_ROWS,
 ) -> Scalings:
     """Rows to root mean square 1, then columns, `iterations` times.
 
@@ -46,7 +48,8 @@ def sinkhorn_scalings(
 
     One pass over G an iteration: the factor of a row needs nothing of the other rows. Each row is divided by its
     largest magnitude first, which the row's factor makes up for: the squares of gradients of 1e-22 or 1e22 are no
-    numbers in float32. Rows and columns of zeros stay zero.
+    numbers in float32. Rows and columns of zeros stay zero. With a `share` of the rows, n values are added up in each
+    iteration.
     """
     m, n = shape
     peaks = torch.empty(m, 1, device=device, dtype=torch.float32)
@@ -63,7 +66,7 @@ def sinkhorn_scalings(
             row_squares[rows] = _inverse(torch.mv(A, column_squares).div_(n))
             sums.addmv_(A.mT, row_squares[rows])
             del A
-        column_squares = _inverse(sums.div_(m))
+        column_squares = _inverse(share.sum_(sums).div_(share.of_all(m)))
     return Scalings(peaks, row_squares.sqrt_().unsqueeze(1), column_squares.sqrt_())
 
 
@@ -74,16 +77,18 @@ def unit_rows(G: Tensor) -> Tensor:
     return X.mul_(_inverse(squares).sqrt_())
 
 
-def unit_columns(rows_of: Rows, shape: tuple[int, int], device: torch.device) -> Rows:
+def unit_columns(
+    rows_of: Rows, shape: tuple[int, int], device: torch.device, share: RowShare = ALL_ROWS
+) -> Rows:
     """Each column of G at root mean square 1, some rows at a time; columns of zeros stay zero. Keeps 2 n numbers."""
     peaks = torch.zeros(shape[1], device=device, dtype=torch.float32)
     for rows in row_slices(shape):
         peaks = torch.maximum(peaks, torch.linalg.vector_norm(rows_of(rows), ord=float("inf"), dim=0))
-    peaks.masked_fill_(peaks == 0, 1.0)
+    share.max_(peaks).masked_fill_(peaks == 0, 1.0)
     squares = torch.zeros_like(peaks)
     for rows in row_slices(shape):
         squares += (rows_of(rows) / peaks).square_().sum(0)
-    factors = _inverse(squares.div_(shape[0])).sqrt_()
+    factors = _inverse(share.sum_(squares).div_(share.of_all(shape[0]))).sqrt_()
     return lambda rows: (rows_of(rows) / peaks).mul_(factors)
 
 

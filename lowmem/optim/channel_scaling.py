@@ -1,6 +1,7 @@
 """Gradients with their columns scaled as an inner rule scales those of a projection, some rows at a time.
 
 Shapes are those of a gradient with its longer side last, (m, n) with m <= n; rows that are made are the weight's own.
+Of some rows of a taller gradient n is how many they are.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lowmem.numerics.row_share import ALL_ROWS, RowShare
 from lowmem.numerics.tiles import row_slices
-from lowmem.optim.projected_gradient import is_wide
 
 RowMaker = Callable[[slice], Tensor]  # -> (rows, columns) float32, nobody else's memory
 
@@ -19,10 +20,16 @@ RowMaker = Callable[[slice], Tensor]  # -> (rows, columns) float32, nobody else'
 def lengthening(
     N: Tensor,  # (..., r, n)  the inner rule's direction
     R: Tensor,  # (..., r, n)  the projected gradient that it was made of
+    share: RowShare = ALL_ROWS,
 ) -> Tensor:  # (..., n)
-    """|N_j| / |R_j| for every column j; 0 where there is no gradient."""
-    before = torch.linalg.vector_norm(R, dim=-2)
-    return torch.where(before > 0, torch.linalg.vector_norm(N, dim=-2) / before, torch.zeros_like(before))
+    """|N_j| / |R_j| for every column j; 0 where there is no gradient. Of a `share` of a column, that of the whole."""
+    before, after = (_norms(x, share) for x in (R, N))
+    return torch.where(before > 0, after / before, torch.zeros_like(before))
+
+
+def _norms(x: Tensor, share: RowShare) -> Tensor:
+    norms = torch.linalg.vector_norm(x, dim=-2)
+    return norms if share is ALL_ROWS else share.sum_(norms.square_()).sqrt_()
 
 
 def scaled_row_makers(
@@ -40,7 +47,7 @@ def scaled_row_makers(
 
 
 def _row_maker(G: Tensor, phi: Tensor, low_rank: tuple[Tensor, Tensor] | None) -> RowMaker:
-    is_transposed = not is_wide(G)
+    is_transposed = len(phi) == len(G)
 
     def scaled(rows: slice) -> Tensor:
         return G[rows].to(torch.float32, copy=True).mul_(phi[rows].unsqueeze(1) if is_transposed else phi)
@@ -52,10 +59,10 @@ def _row_maker(G: Tensor, phi: Tensor, low_rank: tuple[Tensor, Tensor] | None) -
     return lambda rows: scaled(rows).addmm_(left[rows], right)
 
 
-def norms_of(makers: Sequence[RowMaker], grad: Tensor) -> Tensor:  # (matrices,)
-    """Of directions of the shape of `grad`, a float32 number each."""
+def norms_of(makers: Sequence[RowMaker], grad: Tensor, share: RowShare = ALL_ROWS) -> Tensor:  # (matrices,)
+    """Of directions of the shape of `grad`, a float32 number each; with a `share` of their rows, of whole ones."""
     norms = torch.zeros(len(makers), device=grad.device, dtype=torch.float32)
     for norm, rows_of in zip(norms, makers, strict=True):
         for rows in row_slices(grad.shape[-2:]):
             norm += torch.linalg.vector_norm(rows_of(rows)).square_()
-    return norms.sqrt_()
+    return share.sum_(norms).sqrt_()

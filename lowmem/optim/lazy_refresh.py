@@ -42,6 +42,10 @@ class Lazy:
     longest_gap: int
     window: int
 
+    @property
+    def shortest_gap(self) -> int:
+        return self.first.gap
+
     def slots(self) -> dict[str, Slot]:
         return {SCHEDULE: Slot((3,), "scalar"), SIMILARITIES: Slot((self.window,), "scalar")}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lowmem.numerics.tiles import largest_magnitude, sum_and_squares
-from lowmem.optim.projected_gradient import projected, wide
+from lowmem.optim.projected_gradient import is_right_of, projected, wide
 from lowmem.optim.projections.projection import Projection
 from lowmem.optim.refresh import Refresh
-from lowmem.optim.rule import Context, Direction, Factors, Rule, Scope, Shape, Slot, State
+from lowmem.optim.rule import Context, Direction, Factors, OnRows, Rule, Scope, Shape, Slot, State
 
 BASIS = "basis"
 
@@ -52,15 +52,32 @@ class LowRank(Rule):
     refresh_every: Refresh
     scale: float = 1.0
     on_refresh: Literal["keep", "reset", "rotate"] = "keep"
+    columns: int | None = None
+    """Of a gradient that is some rows of a taller one, which its own shape does not tell."""
 
     def slots(self, shape: Shape) -> dict[str, Slot]:
-        *batch, rows, columns = shape
-        m, n = min(rows, columns), max(rows, columns)
+        batch, (m, n) = shape[:-2], self._sides(shape)
         return {
             BASIS: self.projection.slot(tuple(batch), m, self.rank),
             **self.inner.slots((*batch, self.rank, n)),
             **self.refresh_every.slots(),
         }
+
+    def on_rows(self, shape: Shape) -> OnRows | None:
+        """Rows of a matrix that is not wide need the basis and nothing else of each other."""
+        rows, columns = shape
+        if rows < columns or not self.projection.may_be_repeated:
+            return None
+        basis = self.projection.slot((), columns, self.rank)
+        rule = replace(self, columns=columns)
+        return OnRows(rule, repeated=math.prod(basis.shape), whole_every=self.refresh_every.shortest_gap)
+
+    def _sides(self, shape: Shape) -> tuple[int, int]:
+        """(m, n): the length of a basis vector, and the other side."""
+        rows, columns = shape[-2:]
+        if self.columns is not None:
+            return self.columns, rows
+        return min(rows, columns), max(rows, columns)
 
     def recall(self, state: State, ctx: Context) -> None:
         if self.projection.always_fits or ctx.ask(state[BASIS].any(), assume=True):
@@ -108,7 +125,7 @@ class LowRank(Rule):
         return {name: _moved_rows(inner[name], numbers) for name in inner}
 
     def _vectors(self, kept: Tensor, shape: Shape) -> Tensor:  # (..., m, r)
-        return self.projection.vectors(kept, min(shape[-2:]))
+        return self.projection.vectors(kept, self._sides(shape)[0])
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> tuple[Direction, dict[str, Tensor]]:
         P = self._vectors(state[BASIS], tuple(grad.shape))  # once, as it may mean decoding or making it
@@ -118,8 +135,7 @@ class LowRank(Rule):
         return projected(grad, self._vectors(state[BASIS], tuple(grad.shape)))
 
     def projected_numel(self, shape: Shape) -> int:
-        *batch, rows, columns = shape
-        return math.prod(batch) * self.rank * max(rows, columns)
+        return math.prod(shape[:-2]) * self.rank * self._sides(shape)[1]
 
     def update_projected(
         self, projected: Tensor, shape: Shape, state: State, ctx: Context
@@ -130,7 +146,7 @@ class LowRank(Rule):
         self, R: Tensor, shape: Shape, P: Tensor, state: State, ctx: Context
     ) -> tuple[Direction, dict[str, Tensor]]:
         N, inner_state = self._inner_step(R, state, ctx)
-        left, right = (P, N) if shape[-2] < shape[-1] else (N.mT, P.mT)
+        left, right = (N.mT, P.mT) if is_right_of(P, shape) else (P, N)
         return Factors(left, right, self.scale), inner_state
 
     def _inner_step(self, R: Tensor, state: State, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:

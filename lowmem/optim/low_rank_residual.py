@@ -12,7 +12,7 @@ from lowmem.optim.low_rank import BASIS, LowRank
 from lowmem.optim.matrices import matrix_count
 from lowmem.optim.norm_growth import limited_growth
 from lowmem.optim.projected_gradient import projected
-from lowmem.optim.rule import Context, Direction, RowBlocks, Shape, Slot, State
+from lowmem.optim.rule import Context, Direction, OnRows, RowBlocks, Shape, Slot, State
 
 NORM = "residual_norm"
 
@@ -44,6 +44,10 @@ class LowRankWithResidual(LowRank):
         norm = {} if self.growth is None else {NORM: Slot((matrix_count(shape),), "scalar")}
         return {**super().slots(shape), **norm}
 
+    def on_rows(self, shape: Shape) -> OnRows | None:
+        found = super().on_rows(shape)
+        return found and found._replace(summed=int(self.growth is not None))
+
     def update(self, grad: Tensor, state: State, ctx: Context) -> tuple[Direction, dict[str, Tensor]]:
         P = self._vectors(state[BASIS], tuple(grad.shape))
         R = projected(grad, P)
@@ -52,7 +56,7 @@ class LowRankWithResidual(LowRank):
         taken = R.mul_(phi.unsqueeze(-2)).mul_(-self.share)  # -share R diag(phi), in R's memory
         if self.growth is not None:
             S = scaled_row_makers(grad, phi, (P, taken))
-            factors, norms = limited_growth(norms_of(S, grad), state[NORM], self.growth)
+            factors, norms = limited_growth(norms_of(S, grad, ctx.share), state[NORM], self.growth)
             factors = factors.view(*grad.shape[:-2], 1)
             phi, taken = phi.mul_(factors), taken.mul_(factors.unsqueeze(-1))
             changed = {**changed, NORM: norms}

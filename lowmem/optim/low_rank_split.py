@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.low_rank import BASIS, LowRank
-from lowmem.optim.projected_gradient import projected
+from lowmem.optim.projected_gradient import is_right_of, projected
 from lowmem.optim.rule import Context, Direction, RowBlocks, State
 from lowmem.optim.rules.stateless import Stateless
 
@@ -56,14 +56,14 @@ class LowRankSplit(LowRank):
 
     def _rows_of(self, G: Tensor, P: Tensor, R: Tensor, N: Tensor) -> Callable[[slice], Tensor]:
         """Who makes rows of the direction for one matrix."""
-        is_wide = G.shape[0] < G.shape[1]
+        is_right = is_right_of(P, tuple(G.shape))
 
         def rows_of(rows: slice) -> Tensor:
             E = G[rows].to(torch.float32, copy=True)
-            if is_wide:
-                E = self.residual.of_(E.addmm_(P[rows], R, alpha=-1))
-                return E.addmm_(P[rows], N)
-            E = self.residual.of_(E.addmm_(R.mT[rows], P.mT, alpha=-1))
-            return E.addmm_(N.mT[rows], P.mT)
+            if is_right:
+                E = self.residual.of_(E.addmm_(R.mT[rows], P.mT, alpha=-1))
+                return E.addmm_(N.mT[rows], P.mT)
+            E = self.residual.of_(E.addmm_(P[rows], R, alpha=-1))
+            return E.addmm_(P[rows], N)
 
         return rows_of

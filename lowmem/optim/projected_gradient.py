@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lowmem.numerics.tiles import matmul_transposed_fp32
+from lowmem.optim.rule import Shape
 
 
 def is_wide(grad: Tensor) -> bool:
@@ -18,12 +19,17 @@ def wide(grad: Tensor) -> Tensor:  # (..., m, n)  m <= n
     return grad if is_wide(grad) else grad.mT
 
 
+def is_right_of(P: Tensor, shape: Shape) -> bool:
+    """Whether a basis of a gradient is one of its columns: where it, or what it is some rows of, is not wide."""
+    return P.shape[-2] == shape[-1]
+
+
 def projected(
     grad: Tensor,  # (..., rows, columns)  any float dtype
     P: Tensor,  # (..., m, r)
 ) -> Tensor:  # (..., r, n)  float32
-    """P^T G, G having its longer side last."""
-    G = wide(grad)
+    """P^T G, G having the side of P first: its shorter one, where it is whole."""
+    G = grad.mT if is_right_of(P, tuple(grad.shape)) else grad
     if G.dim() == 2:
         return matmul_transposed_fp32(G, P)
     return torch.stack([matmul_transposed_fp32(G_e, P_e) for G_e, P_e in zip(G, P, strict=True)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor
 from lowmem.optim.channel_scaling import lengthening, norms_of, scaled_row_makers
 from lowmem.optim.matrices import matrix_count
 from lowmem.optim.norm_growth import limited_growth
-from lowmem.optim.projected_gradient import projected, wide
+from lowmem.optim.projected_gradient import projected
 from lowmem.optim.refresh import Refresh
-from lowmem.optim.rule import Context, Direction, RowBlocks, Rule, Scope, Shape, Slot, State
+from lowmem.optim.rule import Context, Direction, OnRows, RowBlocks, Rule, Scope, Shape, Slot, State
 
 NORM = "scaled_norm"
 
@@ -48,16 +48,32 @@ class ProjectionScaled(Rule):
     scaling: Literal["channel", "tensor"] = "channel"
     scale: float = 1.0
     growth: float | None = 1.01
+    columns: int | None = None
+    """Of a gradient that is some rows of a taller one, which its own shape does not tell."""
 
     def slots(self, shape: Shape) -> dict[str, Slot]:
-        *batch, rows, columns = shape
         norm = {} if self.growth is None else {NORM: Slot((matrix_count(shape),), "scalar")}
-        return {**self.inner.slots((*batch, self.rank, max(rows, columns))), **norm}
+        return {**self.inner.slots((*shape[:-2], self.rank, self._sides(shape)[1])), **norm}
+
+    def on_rows(self, shape: Shape) -> OnRows | None:
+        """Rows of a matrix that is not wide need no more of each other than norms."""
+        rows, columns = shape
+        if rows < columns:
+            return None
+        norms = (self.growth is not None) + 2 * (self.scaling == "tensor")
+        return OnRows(replace(self, columns=columns), summed=norms)
+
+    def _sides(self, shape: Shape) -> tuple[int, int]:
+        """m and n."""
+        rows, columns = shape[-2:]
+        if self.columns is not None:
+            return self.columns, rows
+        return min(rows, columns), max(rows, columns)
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> tuple[Direction, dict[str, Tensor]]:
         phi, changed = self._factors(grad, state, ctx)
         if self.growth is not None:
-            norms = norms_of(scaled_row_makers(grad, phi), grad)
+            norms = norms_of(scaled_row_makers(grad, phi), grad, ctx.share)
             factors, changed[NORM] = limited_growth(norms, state[NORM], self.growth)
             phi.mul_(factors.view(*grad.shape[:-2], 1))
         S = scaled_row_makers(grad, phi.mul_(self.scale))
@@ -65,18 +81,18 @@ class ProjectionScaled(Rule):
 
     def _factors(self, grad: Tensor, state: State, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """phi, and inner's new state."""
-        R = projected(grad, self._drawn(wide(grad), ctx))
+        R = projected(grad, self._drawn(grad, ctx))
         N, changed = self.inner.update(R, state, ctx)
         assert isinstance(N, Tensor)
         if self.scaling == "channel":
             return lengthening(N, R), changed
-        whole = lengthening(N.flatten(-2).unsqueeze(-1), R.flatten(-2).unsqueeze(-1))  # (..., 1)
+        whole = lengthening(N.flatten(-2).unsqueeze(-1), R.flatten(-2).unsqueeze(-1), ctx.share)  # (..., 1)
         return whole.expand(*R.shape[:-2], R.shape[-1]).clone(), changed
 
-    def _drawn(self, G: Tensor, ctx: Context) -> Tensor:
+    def _drawn(self, grad: Tensor, ctx: Context) -> Tensor:
         """The projection of this step."""
         drawn_at = ctx.at_step(ctx.step - self.redraw.steps_since(ctx) + 1)
-        generator = drawn_at.generator(G.device, "projection")
-        shape = (*G.shape[:-1], self.rank)
-        P = torch.randn(shape, device=G.device, dtype=torch.float32, generator=generator)
+        generator = drawn_at.generator(grad.device, "projection")
+        shape = (*grad.shape[:-2], self._sides(tuple(grad.shape))[0], self.rank)
+        P = torch.randn(shape, device=grad.device, dtype=torch.float32, generator=generator)
         return P.mul_(1 / math.sqrt(self.rank))

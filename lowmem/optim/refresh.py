@@ -14,6 +14,11 @@ from lowmem.optim.rule import Context, Slot, State
 class Refresh(Protocol):
     """Decides at which of a parameter's steps its basis is fitted anew; step 1 is always one."""
 
+    @property
+    def shortest_gap(self) -> int:
+        """Steps between two of them, at least, a first one apart that is early."""
+        ...
+
     def slots(self) -> dict[str, Slot]:
         """What has to be known after a resume."""
         ...
@@ -44,6 +49,10 @@ class Every:
 
     gap: int
     staggers: bool = False
+
+    @property
+    def shortest_gap(self) -> int:
+        return self.gap
 
     def slots(self) -> dict[str, Slot]:
         return {}

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lowmem.numerics.held_weights import root_mean_square_of
+from lowmem.numerics.row_share import ALL_ROWS, RowShare
 from lowmem.numerics.seeding import seeded_generator
 
 Shape = tuple[int, ...]
@@ -105,6 +106,7 @@ class Context:
         count: int = 1,
         on_failure: Callable[[str], None] | None = None,
         weight: Tensor | None = None,
+        share: RowShare = ALL_ROWS,
     ):
         self.step = step
         """Updates of this parameter including this one: 1 at its first."""
@@ -112,6 +114,8 @@ class Context:
         self.seed = seed
         self.index, self.count = index, count
         """Which parameter of its group this is, and of how many."""
+        self.share = share
+        """Of the matrix' rows, which gradient, state and weight have."""
         self._known = known
         self._stored = {} if stored is None else stored
         self._on_failure = on_failure
@@ -165,12 +169,13 @@ class Context:
             count=self.count,
             on_failure=self._on_failure,
             weight=self._weight,
+            share=self.share,
         )
 
     def weight_rms(self) -> Tensor:
         """Root mean square of the weight before this update, a float32 scalar on its device."""
         assert self._weight is not None
-        return root_mean_square_of(self._weight)
+        return root_mean_square_of(self._weight, self.share)
 
     def watch(self, failures: list[str], work: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What `work` gives; reasons that it tells to `failed` are added to `failures`, too."""
@@ -193,6 +198,22 @@ class Context:
             self._on_failure(reason)
 
 
+class OnRows(NamedTuple):
+    """How the rows of a matrix are updated where every process has some: `rule` on these, with `ctx.share`."""
+
+    rule: Rule
+    """Its slots, for the shape of some rows, are the state of these."""
+
+    summed: int = 0
+    """Values that all processes add up in an update."""
+
+    repeated: int = 0
+    """Values of state that every process has."""
+
+    whole_every: int = 0
+    """Steps, at least, between two in which `refresh` sees the whole gradient everywhere; 0 if never."""
+
+
 class Rule:
     """gradient -> descent direction.
 
@@ -213,6 +234,13 @@ class Rule:
 
     needs_gradient: ClassVar[bool] = True
     """False where there is nothing to do with a gradient, so that none need be made."""
+
+    refreshes_from_gradient: ClassVar[bool] = True
+    """Whether `refresh` asks for more of the gradient than its shape."""
+
+    def on_rows(self, shape: Shape) -> OnRows | None:
+        """How rows of a matrix of `shape` (m, n) are updated apart from each other; None where all are needed."""
+        return None
 
     def in_turn(self, turn: Turn) -> Rule:
         """The rule of a block in a turn, for optimizers with a `turn_length`. Its own state begins with the turn."""

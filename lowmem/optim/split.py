@@ -13,7 +13,7 @@ from torch import Tensor
 from lowmem.numerics.seeding import seeded_choice
 from lowmem.optim.matrices import matrix_count
 from lowmem.optim.refresh import Refresh
-from lowmem.optim.rule import Context, Direction, RowBlocks, Rule, Scope, Shape, Slot, State
+from lowmem.optim.rule import Context, Direction, OnRows, RowBlocks, Rule, Scope, Shape, Slot, State
 from lowmem.optim.rules.stateless import Stateless
 
 CHOSEN = "chosen"
@@ -36,6 +36,7 @@ class Split(Rule):
     """
 
     scope: ClassVar[Scope] = "matrix"
+    refreshes_from_gradient: ClassVar[bool] = False
 
     inner: Rule
     residual: Stateless
@@ -52,6 +53,12 @@ class Split(Rule):
         k = chosen_count(self.density, self._side(shape))
         inner = self.inner.slots((*batch, m, k) if self.along == "columns" else (*batch, k, n))
         return {CHOSEN: Slot((*batch, k), "factor"), **inner}
+
+    def on_rows(self, shape: Shape) -> OnRows | None:
+        """Rows need nothing of each other where columns are chosen, which every process does alike."""
+        if self.along == "rows":
+            return None
+        return OnRows(self, repeated=chosen_count(self.density, shape[-1]))
 
     def needs_refresh(self, ctx: Context) -> bool:
         return self.refresh_every.is_due(ctx)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.memory.architecture import Parameter
-from lowmem.memory.divided_exchange import sent_values
+from lowmem.memory.divided_exchange import sent_values, summed_values
 from lowmem.memory.divided_pieces import Shown, Strategy, divided
 from lowmem.memory.divided_state import divided_state_bytes, itemsize_of_stepped
 from lowmem.memory.divided_tensors import Setting, divided_tensors
@@ -92,8 +92,9 @@ def by_formula(
     tensors = divided_tensors(shown, parameters, strategy, at)
     state = divided_state_bytes(shown, processes, itemsize_of_stepped(strategy, dtype.itemsize))
     sent = sent_values(shown, processes)
-    columns = (tensors.weights, tensors.gradients, tensors.gradients_in_backward, state, sent)
-    names = ("weights", "gradients", "gradients_in_backward", "state", "sent")
+    summed = [summed_values(shown)] * processes
+    columns = (tensors.weights, tensors.gradients, tensors.gradients_in_backward, state, sent, summed)
+    names = ("weights", "gradients", "gradients_in_backward", "state", "sent", "summed")
     return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 

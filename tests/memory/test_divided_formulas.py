@@ -22,14 +22,16 @@ from lowmem.memory.divided_buffers import reduced_by_ddp
 from lowmem.memory.divided_estimate import divided_estimate
 from lowmem.memory.divided_exchange import batches, sent_values, updated_one_after_another
 from lowmem.memory.divided_pieces import DIVIDING, STRATEGIES, divided, needs_whole
+from lowmem.memory.divided_rows import by_rows
 from lowmem.memory.estimate import estimate
 from lowmem.memory.ledger import PARTS
 from lowmem.memory.refresh_flops import product_flops, refresh_flops
-from lowmem.memory.state_formulas import TREATS_MATRICES, all_treatments
+from lowmem.memory.state_formulas import TREATS_MATRICES, all_treatments, with_defaults
 from lowmem.numerics.linalg import leading_subspace
 from lowmem.optim.registry import OPTIMIZERS, optimizer_class
 from lowmem.recipe.schema import LoraRecipe, OptimizerRecipe
 from lowmem.run.layouts import exchange
+from lowmem.run.layouts.by_rows import way_of
 from lowmem.run.layouts.pieces import Piece, owners_of
 from tests.memory.divided_nets import net, parameters_of
 from tests.memory.test_estimate import LLAMA_32_1B, recipe
@@ -50,6 +52,31 @@ def test_what_is_stepped_whole_is_what_the_rules_say(name):
             [group] = optimizer.param_groups
             scope = optimizer.rule_of(group["params"][0], group).scope
             assert needs_whole(name, own, shape) == (scope == "matrix"), (own, shape)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("processes", [1, 2, 5])
+def test_what_is_updated_by_rows_is_what_the_layouts_choose(name, processes):
+    """Of rows that all processes have, that some lack, and that are cut."""
+    for own in variations(name):
+        filled = with_defaults(name, own)
+        for shape in [*SHAPES, (40, 8), (400, 30), (30, 400), (400, 400), (3, 50)]:
+            if not math.prod(shape):
+                continue
+            optimizer = optimizer_class(name)([torch.nn.Parameter(torch.empty(shape, device="meta"))], **own)
+            [group] = optimizer.param_groups
+            rule = optimizer.rule_of(group["params"][0], group)
+            if rule.scope != "matrix":
+                continue
+            for share in {
+                -(-math.prod(shape) // processes),
+                -(-shape[0] // processes) * math.prod(shape[1:]),
+            }:
+                starts = [min(rank * share, math.prod(shape)) for rank in range(processes + 1)]
+                piece = Piece("", shape, tuple(pairwise(starts)), torch.Tensor, lambda: None)
+                chosen = way_of(piece, rule).on_rows
+                found = by_rows(name, filled, shape, [piece.numel_at(rank) for rank in range(processes)])
+                assert found == (None if chosen is None else chosen[1:]), (own, shape)
 
 
 def shown_of(shapes, strategy, processes, name="muon"):
@@ -163,7 +190,8 @@ def test_parts_add_up_and_more_processes_hold_less(name, strategy):
     assert peaks == sorted(peaks, reverse=True)
     assert (peaks[0] > peaks[2]) == (strategy != "ddp")
     owns = name in TREATS_MATRICES and strategy != "ddp"
-    assert [sum(each.matrices) for each in found] == [7 * 8 * owns] * 3
+    assert [sum(each.matrices) + each.by_rows for each in found] == [7 * 8 * owns] * 3
+    assert (found[0].by_rows > 0) == (owns and strategy in ("fsdp2", "zero3")), "rows are whole there"
     assert (max(found[2].sent) > 0) == owns
 
 

@@ -78,7 +78,7 @@ def counted(case, mesh, dtype, micro_batches: int) -> dict[str, int]:
             found["gradients_in_backward"] = storage_bytes(gradients(model))
     found["gradients"] = storage_bytes(gradients(model))
     optimizer.step()
-    found["sent"] = pieces.sent
+    found["sent"], found["summed"] = pieces.sent, pieces.summed
     found["state"] = storage_bytes(each for state in pieces.state.values() for each in state.values())
     if any(group["algorithm"] == "block_adam" for group in optimizer.param_groups):
         found["state"] = max(turn_bytes(pieces))

@@ -14,6 +14,7 @@ from lowmem.hf.make_optimizer import make_optimizer
 from lowmem.numerics import tiles
 from lowmem.numerics.sinkhorn import sinkhorn_scalings
 from lowmem.optim import SinkGD, build_optimizer
+from lowmem.optim.rule import Context
 from lowmem.optim.rules.normalized import NormalizedGradient
 from lowmem.recipe.load import load_recipe
 from tests.optim.live_bytes import PeakOfNewBytes
@@ -220,7 +221,8 @@ class RowsOnDemand:
 def test_a_gradient_that_gives_only_rows_is_enough(normalize):
     G = gaussian(9, 7)
     rule = NormalizedGradient(normalize=normalize)
-    blocks, _ = rule.update(RowsOnDemand(G), {}, None)
+    ctx = Context(step=1, name="w", seed=0, known={})
+    blocks, _ = rule.update(RowsOnDemand(G), {}, ctx)
     assert torch.equal(blocks.of(0, slice(2, 6)), step_of(G, normalize=normalize)[2:6])
 
 

@@ -19,8 +19,9 @@ from lowmem.errors import RefusedError
 from lowmem.optim.registry import OPTIMIZERS
 from lowmem.run.checkpoint_probe import piece_file_bytes, pieces_in_small
 from lowmem.run.layouts.attach import attach_to_fsdp2
+from lowmem.run.layouts.load_whole_state import load_whole_state_
 from lowmem.run.layouts.saved_pieces import saved_pieces
-from lowmem.run.layouts.whole_state import load_whole_state_, whole_state_of_one, whole_state_of_pieces
+from lowmem.run.layouts.whole_state import whole_state_of_one, whole_state_of_pieces
 from tests.optim.cases import case_id, cases_in_float
 from tests.run.test_execution import batches, net, optimizer_for
 from tests.run.test_layouts import TURNS, train

@@ -27,6 +27,7 @@ class Cosine:
     """
 
     always_fits: ClassVar[bool] = True
+    may_be_repeated: ClassVar[bool] = True
 
     def slot(self, batch: Shape, m: int, rank: int) -> Slot:
         return Slot((*batch, rank), "factor")  # exact: numbers below 2^24

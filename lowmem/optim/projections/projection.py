@@ -16,6 +16,9 @@ class Projection(Protocol):
     always_fits: ClassVar[bool]
     """Whether any gradient gives a basis: one that is zero or not finite keeps `start`."""
 
+    may_be_repeated: ClassVar[bool]
+    """Whether a fit is quick enough for every process to make the same one."""
+
     def slot(self, batch: Shape, m: int, rank: int) -> Slot:
         """What is kept of the bases of a batch of matrices."""
         ...
@@ -37,6 +40,7 @@ class KeptVectors:
     """A basis that is kept as it is, and is another one each time."""
 
     always_fits: ClassVar[bool] = False
+    may_be_repeated: ClassVar[bool] = True
 
     def slot(self, batch: Shape, m: int, rank: int) -> Slot:
         return Slot((*batch, m, rank), "basis")

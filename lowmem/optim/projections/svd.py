@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ class Svd(KeptVectors):
     Exact, and slow: minutes per refresh for a 7B model, with the whole gradient's float32 factors as
     workspace. `Subspace` captures nearly the same energy for about a hundredth of the time.
     """
+
+    may_be_repeated: ClassVar[bool] = False
 
     def fit(self, G: Tensor, rank: int, *, start: Tensor | None, generator: torch.Generator) -> Tensor:
         return top_singular_vectors(G, rank)

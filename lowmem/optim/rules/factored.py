@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lowmem.numerics.row_share import RowShare
 from lowmem.numerics.tiles import row_slices
 from lowmem.optim.matrices import matrix_count, rows_of
-from lowmem.optim.rule import Context, Direction, RowBlocks, Rule, Scope, Shape, Slot, State
+from lowmem.optim.rule import Context, Direction, OnRows, RowBlocks, Rule, Scope, Shape, Slot, State
 
 ROWS, COLUMNS, WHOLE, MOMENT = "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq", "exp_avg"
 
@@ -75,23 +76,31 @@ class Factored(RelativeToSecondMoment):
         }
         return {**factors, MOMENT: Slot(shape)} if self.beta1 else factors
 
+    def on_rows(self, shape: Shape) -> OnRows:
+        """Rows need the means of columns, that of R, and RMS(U) and RMS(W) where these are asked for."""
+        numbers = 1 + (self.clip_threshold is not None) + self.is_relative
+        return OnRows(self, summed=shape[-1] + numbers, repeated=shape[-1])
+
     def update(self, grad: Tensor, state: State, ctx: Context) -> tuple[Direction, dict[str, Tensor]]:
         shape = tuple(grad.shape)
         count = matrix_count(shape)
         R, C = state[ROWS], state[COLUMNS]
-        self._age_(grad, R.view(count, -1), C.view(count, -1), self.beta2_at(ctx.step))
-        r = (R / R.mean(-1, keepdim=True)).rsqrt_().view(count, -1, 1)
+        share, rows_of_all = ctx.share, ctx.share.of_all(shape[-2])
+        self._age_(grad, R.view(count, -1), C.view(count, -1), self.beta2_at(ctx.step), share)
+        mean = share.sum_(R.sum(-1, keepdim=True)).div_(rows_of_all)
+        r = (R / mean).rsqrt_().view(count, -1, 1)
         c = C.rsqrt().view(count, -1)
         if self.clip_threshold is not None:
             squares = torch.zeros((), device=grad.device, dtype=torch.float32)
             for index in range(count):
                 for rows in row_slices(shape[-2:]):
                     squares += torch.linalg.vector_norm(_scaled(grad, index, rows, r, c)).square_()
-            r.mul_(self.clipping(squares, grad.numel()))
+            numel = grad.numel() // shape[-2] * rows_of_all
+            r.mul_(self.clipping(share.sum_(squares), numel))
         alpha = self.step_size(ctx)
         return RowBlocks(self._blocks(grad, state, r, c, alpha)), {ROWS: R, COLUMNS: C}
 
-    def _age_(self, grad: Tensor, R: Tensor, C: Tensor, b: float) -> None:
+    def _age_(self, grad: Tensor, R: Tensor, C: Tensor, b: float, share: RowShare) -> None:
         """Bring the means of rows and columns up to date."""
         m, n = grad.shape[-2:]
         for index in range(len(R)):
@@ -101,7 +110,7 @@ class Factored(RelativeToSecondMoment):
                 R[index, rows].lerp_(squares.mean(1).add_(self.eps[0]), 1 - b)
                 sums.add_(squares.sum(0))
                 del squares
-            C[index].lerp_(sums.div_(m).add_(self.eps[0]), 1 - b)
+            C[index].lerp_(share.sum_(sums).div_(share.of_all(m)).add_(self.eps[0]), 1 - b)
 
     def _blocks(
         self, grad: Tensor, state: State, r: Tensor, c: Tensor, alpha: Tensor | None

@@ -8,10 +8,11 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from lowmem.numerics.row_share import RowShare
 from lowmem.numerics.sinkhorn import Rows, sinkhorn_scalings, unit_columns, unit_rows
 from lowmem.numerics.tiles import row_slices
 from lowmem.optim.matrices import matrix_count, rows_of
-from lowmem.optim.rule import Context, Direction, RowBlocks, Rule, Scope, Shape, Slot, State
+from lowmem.optim.rule import Context, Direction, OnRows, RowBlocks, Rule, Scope, Shape, Slot, State
 
 BUFFER = "momentum_buffer"
 
@@ -45,10 +46,15 @@ class NormalizedGradient(Rule):
     def slots(self, shape: Shape) -> dict[str, Slot]:
         return {BUFFER: Slot(shape)} if self.momentum else {}
 
+    def on_rows(self, shape: Shape) -> OnRows:
+        """Sums of columns are all that rows need of each other."""
+        sums = {"row": 0, "column": 2, "sinkhorn": self.iterations}
+        return OnRows(self, summed=sums[self.normalize] * shape[-1])
+
     def update(self, grad: Tensor, state: State, ctx: Context) -> tuple[Direction, dict[str, Tensor]]:
         shape = tuple(grad.shape)
         blocks = [
-            self._normalized(self._rows(grad, state, index), shape, grad)
+            self._normalized(self._rows(grad, state, index), shape, grad, ctx.share)
             for index in range(matrix_count(shape))
         ]
         return RowBlocks(lambda index, rows: blocks[index](rows)), {}
@@ -64,13 +70,13 @@ class NormalizedGradient(Rule):
             del M
         return lambda rows: state.rows(BUFFER, index, rows)
 
-    def _normalized(self, M: Rows, shape: Shape, grad: Tensor) -> Callable[[slice], Tensor]:
+    def _normalized(self, M: Rows, shape: Shape, grad: Tensor, share: RowShare) -> Callable[[slice], Tensor]:
         if self.normalize == "row":
             return lambda rows: unit_rows(M(rows)).mul_(self.scale)
         matrix = (shape[-2], shape[-1])
         if self.normalize == "column":
-            X = unit_columns(M, matrix, grad.device)
+            X = unit_columns(M, matrix, grad.device, share)
             return lambda rows: X(rows).mul_(self.scale)
-        scalings = sinkhorn_scalings(M, matrix, iterations=self.iterations, device=grad.device)
+        scalings = sinkhorn_scalings(M, matrix, iterations=self.iterations, device=grad.device, share=share)
         scalings.rows.mul_(self.scale)
         return lambda rows: scalings.apply(M(rows), rows)

@@ -1,4 +1,4 @@
-"""The engine on pieces: element rules step the piece that a process has, matrix rules the whole matrix at its owner."""
+"""The engine on pieces: element rules step the piece that a process has, matrix rules its rows or, at an owner, all."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lowmem.numerics.row_share import ALL_ROWS
 from lowmem.optim.engine import LowMemOptimizer
 from lowmem.optim.optimizer_state import STEPS
 from lowmem.optim.rule import Context, Rule
+from lowmem.run.layouts.by_rows import DividedRows, Way, asks_for_whole_gradients, log_ways, rows_at, way_of
 from lowmem.run.layouts.exchange import Exchange, batches_of, device_to_talk_on
 from lowmem.run.layouts.pieces import Layout, Piece, owners_of, refuse_gaps
 
@@ -19,13 +21,15 @@ from lowmem.run.layouts.pieces import Layout, Piece, owners_of, refuse_gaps
 class PieceOptimizer(LowMemOptimizer):
     """Makes the steps of another optimizer whose parameters are in pieces, and holds this process' part of its state.
 
-    A rule that treats every value by itself runs on the piece, and so has the piece's state. A rule that needs the
-    matrix runs at the matrix' owner: gradient and weight come together there, `step_param` does what it does on one
-    process, and the new weight goes back. Its state is the owner's alone. So every rule is exact, in any dtype and
-    with any rounding, and state is divided by the number of processes.
+    A rule that treats every value by itself runs on the piece, and so has the piece's state. So does a rule for
+    matrices on rows that need little of each other, a few numbers of which are added up (see `by_rows`). Any other
+    runs at the matrix' owner: gradient and weight come together there, `step_param` does what it does on one process,
+    and the new weight goes back. Its state is the owner's alone. So every rule is exact, in any dtype and with any
+    rounding, and state is divided by the number of processes.
 
-    Sent in a step by each process are, of every matrix that is split, the gradient, the weight and the new weight, less
-    what its owner has of it: 3 m n (W - 1) / W^2 values on average when W processes hold equal parts.
+    Sent in a step by each process are, of every matrix that is split and has an owner, the gradient, the weight and
+    the new weight, less what its owner has of it: 3 m n (W - 1) / W^2 values on average when W processes hold equal
+    parts. To add up k values, in a ring, each process sends 2 k (W - 1) / W.
     """
 
     algorithm = "adamw"  # of no parameter: each group has its own
@@ -45,8 +49,12 @@ class PieceOptimizer(LowMemOptimizer):
         self._stands_for: dict[int, list[Tensor]] = {}
         """By the tensor in the outer optimizer's groups."""
         self._idle: dict[Tensor, Tensor] = {}
+        self._ways: dict[Tensor, Way] = {}
+        """Of each parameter whose rule is one for matrices."""
+        self._shares: dict[Tensor, DividedRows] = {}
+        """Of those that are updated by rows."""
         self.sent = 0
-        """Values that this process has sent so far."""
+        """Values that this process has sent so far to owners and back."""
         self._number_of = {
             id(tensor): number for number, tensors in enumerate(tensors_of_groups) for tensor in tensors
         }
@@ -54,7 +62,13 @@ class PieceOptimizer(LowMemOptimizer):
         """Of each group, what has not been stepped yet in the step under way."""
         pairs = zip(settings_of_groups, tensors_of_groups, strict=True)
         super().__init__([self._mirrored(settings, tensors) for settings, tensors in pairs], {})
+        self._choose_ways()
         self._give_owners()
+
+    @property
+    def summed(self) -> int:
+        """Values that were added up over all processes so far, in updates by rows."""
+        return sum(each.summed for each in self._shares.values())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Settings were checked where the parameters were whole."""
@@ -76,11 +90,25 @@ class PieceOptimizer(LowMemOptimizer):
         self._pieces[param] = piece
         return param
 
+    def _choose_ways(self) -> None:
+        """Matrices that are updated by rows stand here as these rows."""
+        for settings in self.param_groups:
+            for param in settings["params"]:
+                rule = self.rule_of(param, settings)
+                if rule.scope == "matrix":
+                    self._ways[param] = way_of(self._pieces[param], rule)
+        log_ways(self._ways.values())
+        for param, way in self._ways.items():
+            if way.on_rows is not None:
+                piece = self._pieces[param]
+                self._shares[param] = DividedRows(piece.shape[0], self._process_group)
+                param.data = piece.weight().view(rows_at(piece, self.rank))
+
     def _give_owners(self) -> None:
         """Between steps a matrix stands here as a tensor of its shape without memory, and where it is not owned as an
         empty one."""
         for settings in self.param_groups:
-            matrices = [param for param in settings["params"] if self._needs_whole(param, settings)]
+            matrices = [param for param in settings["params"] if self._needs_whole(param)]
             owners = owners_of([self._pieces[param] for param in matrices], self.processes)
             for param, owner in zip(matrices, owners, strict=True):
                 shape = self._pieces[param].shape if owner == self.rank else (0,)
@@ -91,6 +119,13 @@ class PieceOptimizer(LowMemOptimizer):
     def owns(self, param: Tensor) -> bool:
         """Whether this process steps all of it."""
         return self._owner.get(param) == self.rank
+
+    def piece_of(self, param: Tensor) -> Piece:
+        return self._pieces[param]
+
+    def by_rows(self) -> list[str]:
+        """Names of the matrices that are updated by rows."""
+        return sorted(self._pieces[param].name for param in self._shares)
 
     def all_pieces(self) -> list[Piece]:
         """In the order of the groups."""
@@ -111,8 +146,25 @@ class PieceOptimizer(LowMemOptimizer):
         start = self._pieces[param].ranges[self.rank][0]
         return super()._rounding(param, group, ctx, f"{purpose} from {start}")
 
-    def _needs_whole(self, param: Tensor, group: dict[str, Any]) -> bool:
-        return self.rule_of(param, group).scope == "matrix"
+    def _needs_whole(self, param: Tensor) -> bool:
+        return param in self._ways and param not in self._shares
+
+    def whole_rule_of(self, param: Tensor, group: dict[str, Any]) -> Rule:
+        """That of the parameter, were it whole."""
+        return super().rule_of(param, group)
+
+    def rule_of(self, param: Tensor, group: dict[str, Any]) -> Rule:
+        rule = self.whole_rule_of(param, group)
+        if param not in self._shares:
+            return rule
+        found = rule.on_rows(self._pieces[param].shape)
+        assert found is not None
+        return found.rule
+
+    def _context(self, param: Tensor, group: dict[str, Any], step: int) -> Context:
+        ctx = super()._context(param, group, step)
+        ctx.share = self._shares.get(param, ALL_ROWS)
+        return ctx
 
     # ---------------------------------------------------------------- a step
 
@@ -168,17 +220,18 @@ class PieceOptimizer(LowMemOptimizer):
     def _step_pieces(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
         for param in params:
             piece = self._pieces[param]
-            param.data = piece.weight()
+            shape = rows_at(piece, self.rank) if param in self._shares else (piece.numel_at(self.rank),)
+            param.data = piece.weight().view(shape)
             grad = piece.grad()
-            param.grad = torch.zeros_like(param.data) if grad is None else grad.to(param.dtype)
+            param.grad = torch.zeros_like(param.data) if grad is None else grad.to(param.dtype).view(shape)
         self._refresh_from_whole_gradients(params, group)
         for param in params:
             self.step_param(param, group)
             param.grad = None
 
     def _refresh_from_whole_gradients(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
-        """What an element rule asks of the whole gradient now and then, every process finds out by itself."""
-        may = [param for param in params if type(self.rule_of(param, group)).refresh is not Rule.refresh]
+        """What a rule on pieces asks of the whole gradient now and then, every process finds out by itself."""
+        may = [param for param in params if asks_for_whole_gradients(self.rule_of(param, group))]
         if not may:
             return
         wants = [
@@ -194,7 +247,7 @@ class PieceOptimizer(LowMemOptimizer):
             whole = param.new_zeros(piece.numel, device=talks_on)
             start, stop = piece.ranges[self.rank]
             assert param.grad is not None
-            whole[start:stop] = param.grad
+            whole[start:stop] = param.grad.view(-1)
             dist.all_reduce(whole, group=self._process_group)
             if param.numel():
                 self.refresh_basis_(param, group, grad=whole.to(param.device).view(piece.shape))

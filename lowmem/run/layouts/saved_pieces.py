@@ -34,7 +34,12 @@ def load_pieces_(pieces: PieceOptimizer, saved: dict[str, Any]) -> None:
 
 def _places(pieces: PieceOptimizer) -> dict[str, Any]:
     found = {piece.name: [list(each) for each in piece.ranges] for piece in pieces.all_pieces()}
-    return {"rank": pieces.rank, "processes": pieces.processes, "ranges": found}
+    return {
+        "rank": pieces.rank,
+        "processes": pieces.processes,
+        "ranges": found,
+        "by_rows": pieces.by_rows(),
+    }
 
 
 def own_weights(pieces: PieceOptimizer) -> dict[str, Tensor]:

@@ -1,0 +1,104 @@
+"""Which matrices are updated by the rows that each process has, which whole at one process, and why."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+
+from lowmem.numerics.row_share import RowShare
+from lowmem.optim.rule import OnRows, Rule, Shape
+from lowmem.run.layouts.exchange import device_to_talk_on
+from lowmem.run.layouts.pieces import Piece
+
+log = logging.getLogger("lowmem")
+
+
+MOST_REPEATED = 4
+"""State that every process has is at most this part of its share of a matrix."""
+
+
+class Way(NamedTuple):
+    """`on_rows` is None where the matrix is updated whole."""
+
+    on_rows: OnRows | None
+    reason: str
+
+
+def way_of(piece: Piece, rule: Rule) -> Way:
+    """The cheaper way for a matrix of (m, n) that W processes have pieces of.
+
+    Whole at its owner, it has each process send 3 m n / W values in a step (see `PieceOptimizer`); adding up k values
+    has it send 2 k, and a gradient that comes to every process every g steps 2 m n / g; all times (W - 1) / W. State
+    that every process has must be no more than a quarter of its share of the matrix, m n / W: memory comes first.
+    """
+    processes = len(piece.ranges)
+    if len(piece.holders) == 1:
+        return Way(None, "one process has all of it")
+    if not has_whole_rows(piece):
+        return Way(None, "its rows are cut, or a process has none")
+    found = rule.on_rows(piece.shape)
+    if found is None:
+        return Way(None, "its rule needs all of it at once")
+    added = found.summed + (piece.numel / found.whole_every if found.whole_every else 0)
+    if 2 * added * processes > 3 * piece.numel:
+        return Way(None, "to add up what its rows need would send more")
+    if MOST_REPEATED * found.repeated * processes > piece.numel:
+        return Way(
+            None, "state that every process would have is more than a quarter of its share of the matrix"
+        )
+    return Way(found, "little is to be sent")
+
+
+def has_whole_rows(piece: Piece) -> bool:
+    """Whether it is a matrix of which every process has rows, at least one, and no part of one."""
+    if len(piece.shape) != 2 or not all(piece.shape):
+        return False
+    columns = piece.shape[1]
+    return all(start < stop and start % columns == 0 and stop % columns == 0 for start, stop in piece.ranges)
+
+
+def rows_at(piece: Piece, rank: int) -> Shape:
+    """The shape of what a process has of a matrix."""
+    return (piece.numel_at(rank) // piece.shape[1], piece.shape[1])
+
+
+def asks_for_whole_gradients(rule: Rule) -> bool:
+    """Whether it has to see all of a gradient now and then."""
+    return type(rule).refresh is not Rule.refresh and rule.refreshes_from_gradient
+
+
+class DividedRows(RowShare):
+    """Rows of a matrix over the processes of `group`. `summed` counts the values that were added up here."""
+
+    def __init__(self, rows: int, group: dist.ProcessGroup | None):
+        self._rows, self._group = rows, group
+        self.summed = 0
+
+    def sum_(self, x: Tensor) -> Tensor:
+        return self._reduced_(x, dist.ReduceOp.SUM)
+
+    def max_(self, x: Tensor) -> Tensor:
+        return self._reduced_(x, dist.ReduceOp.MAX)
+
+    def of_all(self, rows: int) -> int:
+        return self._rows
+
+    def _reduced_(self, x: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
+        self.summed += x.numel()
+        sent = x.to(device_to_talk_on(x.device, self._group)).contiguous()
+        dist.all_reduce(sent, how, group=self._group)
+        return x if sent is x else x.copy_(sent)
+
+
+def log_ways(ways: Iterable[Way]) -> None:
+    """How many matrices go which way, and why."""
+    for way, count in Counter(each.reason for each in ways if each.on_rows is None).items():
+        log.info("%d matrices are updated whole, each at one process: %s", count, way)
+    count = sum(each.on_rows is not None for each in ways)
+    if count:
+        log.info("%d matrices are updated where their rows are: %s", count, "little is to be sent")
