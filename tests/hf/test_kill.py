@@ -207,10 +207,10 @@ def lines_of(tmp_path: Path, count: int, seed: int, ways: list[str]) -> list[dic
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def test_runs_killed_at_eight_random_points_end_as_if_they_had_not_been(tmp_path):
+def test_runs_killed_at_random_points_end_as_if_they_had_not_been(tmp_path):
     ways = ["galore/project", "adamw/plain", "sgd_sai/fused", "galore/fused"]
-    lines = lines_of(tmp_path, 8, seed=1, ways=ways)
-    assert [line["way"] for line in lines] == 2 * ways
+    lines = lines_of(tmp_path, 4, seed=1, ways=ways)
+    assert [line["way"] for line in lines] == ways
     assert [line for line in lines if line["wrong"]] == []
 
 

@@ -49,7 +49,7 @@ OPTIONS_OF = {"zero2 with state on the host": ON_THE_HOST, "zero3 with state on 
 
 def named(*names: str) -> list[object]:
     """Those that `make test` runs have no mark: one of each kind."""
-    quick = ("fsdp2", "zero3", "zero3 in bfloat16")
+    quick = ("fsdp2", "zero3")
     return [
         pytest.param(
             name,
@@ -186,6 +186,7 @@ def test_in_bfloat16_the_losses_are_those_of_one_process(tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     "name",
     named(
+        "zero3",
         "zero3 in bfloat16",
         "zero1",
         "zero2 in bfloat16",
