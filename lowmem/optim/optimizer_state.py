@@ -95,10 +95,15 @@ class OptimizerState(torch.optim.Optimizer):
         if param not in self._blocks:
             name = group["algorithm"]
             groups = [each for each in self.param_groups if each["algorithm"] == name]
-            found = registry.optimizer_class(name).blocks(groups)
+            found = registry.optimizer_class(name).blocks([self._with_whole_shapes(each) for each in groups])
             for each, places in zip(groups, found, strict=True):
                 self._blocks.update(zip(each["params"], places, strict=True))
         return Turn(number, *self._blocks[param], group["seed"])
+
+    def _with_whole_shapes(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Of a piece of a parameter nobody could tell whether it is a matrix."""
+        shapes = [self._whole_shape(param) for param in group["params"]]
+        return {**group, "params": [torch.empty(shape, device="meta") for shape in shapes]}
 
     def _count_step_of_turn(self, group: dict[str, Any], params: Iterable[Tensor]) -> None:
         """After a step: where a turn ends free all its state, before any of the next turn's is made."""

@@ -19,8 +19,12 @@ with_deepspeed = pytest.mark.skipif(
     not DEEPSPEED.is_dir(), reason="needs DeepSpeed beside the environment: make test puts it there"
 )
 
-# A rule for matrices, and for the rest a large eps: what differs is then sums of gradients, not signs of the smallest.
-OPTIMIZER = "optimizer={name: sinkgd, lr: 1.0e-2, clip: full, fallback: {name: adamw, eps: 1.0e-3}}"
+# A rule that steps rows apart, one that needs the matrix, and for the rest a large eps: what differs is then sums of
+# gradients, not signs of the smallest.
+OPTIMIZER = (
+    "optimizer={name: sinkgd, lr: 1.0e-2, clip: full, fallback: {name: adamw, eps: 1.0e-3}, "
+    "groups: [{match: [o_proj, down_proj], name: swan, lr: 3.0e-3}]}"
+)
 SETTINGS = (
     OPTIMIZER,
     "train.max_grad_norm=0.5",

@@ -186,3 +186,20 @@ def test_without_names_each_tensor_has_its_turn_and_the_log_says_so(caplog):
 def test_wrong_settings_are_one_clear_error_at_construction(changes, words):
     with pytest.raises(ValueError, match=words):
         BlockAdam([nn.Parameter(torch.zeros(3, 4))], **changes)
+
+
+def test_a_head_of_which_there_is_a_flat_piece_is_a_block_of_its_own_as_the_whole_one_is():
+    shapes = {"embed": (6, 4), "layers.0.w": (4, 4), "layers.1.w": (4, 4), "norm": (4,), "head": (6, 4)}
+    whole = [(name, torch.nn.Parameter(torch.zeros(shape))) for name, shape in shapes.items()]
+    pieces = [(name, torch.nn.Parameter(param.detach().flatten()[:3])) for name, param in whole]
+
+    class OfPieces(BlockAdam):
+        def _whole_shape(self, param):
+            return next(shapes[name] for name, piece in pieces if piece is param)
+
+    found = []
+    for optimizer, named in ((BlockAdam(whole), whole), (OfPieces(pieces), pieces)):
+        [group] = optimizer.param_groups
+        found.append([optimizer._turn(param, group, 0)[1:3] for _, param in named])
+    assert found[0] == found[1]
+    assert len({block for block, _ in found[0]}) == 4, "the norm goes with the last layer"
