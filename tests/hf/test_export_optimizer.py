@@ -111,7 +111,7 @@ def test_the_finest_adapters_that_any_process_had_are_those_of_an_exported_run(t
     write_adapters_(checkpoint, {name: value.bfloat16() for name, value in finest.items()})
     ranges = {name: [[0, value.numel()]] for name, value in finest.items()}
     saved = {
-        "places": {"rank": 0, "processes": 1, "ranges": ranges},
+        "places": {"rank": 0, "processes": 1, "ranges": ranges, "by_rows": []},
         "state": torch.load(checkpoint / "optimizer.pt", weights_only=True),
         "weights": {name: value.view(-1) for name, value in finest.items()},
     }
