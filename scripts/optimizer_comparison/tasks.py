@@ -22,6 +22,7 @@ NEW_LLAMA = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }
+LAST_TENTH_HELD_OUT = ("data.train.take=0.9", "data.eval.skip=0.9")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,16 @@ TASKS = (
         "stories/child.jsonl.gz",
         "stories/child.jsonl.gz",
         "prompt_response",
-        ("data.train.take=0.9", "data.eval.skip=0.9"),
+        LAST_TENTH_HELD_OUT,
+    ),
+    Task(
+        "stories, long",
+        "the same stories, and four times as many steps",
+        "stories/child.jsonl.gz",
+        "stories/child.jsonl.gz",
+        "prompt_response",
+        LAST_TENTH_HELD_OUT,
+        times_the_steps=4,
     ),
     Task(
         "gsm8k",
