@@ -92,7 +92,7 @@ def _sgd(
 ) -> None:
     if wd:
         param.mul_(1 - lr * wd)
-    _momentum_step_(param, grad, state, step, rule.momentum, rule.dampening, rule.nesterov, lr)
+    _momentum_step_(param, grad, state, step == 1, rule.momentum, rule.dampening, rule.nesterov, lr)
 
 
 def _sgd_sai(
@@ -108,14 +108,15 @@ def _sgd_sai(
         param.mul_(1 - lr * wd)
     # The rate is a tensor, so that the device is never asked for the ratio's value.
     scaled_lr = state["gsnr"] * (lr / rule.normalizer)
-    _momentum_step_(param, grad, state, step, rule.momentum, rule.momentum, False, scaled_lr)
+    is_first = step == 1 and rule.starts_whole
+    _momentum_step_(param, grad, state, is_first, rule.momentum, rule.momentum, False, scaled_lr)
 
 
 def _momentum_step_(
     param: Tensor,
     grad: Tensor,
     state: Mapping[str, Tensor],
-    step: int,
+    is_first: bool,
     momentum: float,
     dampening: float,
     nesterov: bool,
@@ -132,7 +133,7 @@ def _momentum_step_(
         dampening=dampening,
         nesterov=nesterov,
         maximize=False,
-        is_first_step=step == 1,
+        is_first_step=is_first,
     )
 
 

@@ -70,6 +70,12 @@ METHODS = (
     of(
         "sgd_sai",
         (3.2e-3, 6.4e-3),
+        "optimizer.momentum_start=zero",
+        name="sgd_sai, momentum from zero",
+    ),
+    of(
+        "sgd_sai",
+        (3.2e-3, 6.4e-3),
         "train.lr_scheduler.warmup_steps=20",
         name="sgd_sai, 20 steps of warm-up",
     ),

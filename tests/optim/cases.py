@@ -20,7 +20,11 @@ SETTINGS: dict[str, list[dict]] = {
         {"momentum": 0.9, "nesterov": True},
         {"momentum": 0.5, "dampening": 0.3},
     ],
-    "sgd_sai": [{}, {"gsnr": "paper", "lr": 0.2}, {"momentum": 0.0, "weight_decay": 0.0}],
+    "sgd_sai": [
+        {},
+        {"gsnr": "paper", "momentum_start": "zero", "lr": 0.2},
+        {"momentum": 0.0, "weight_decay": 0.0},
+    ],
     "adafactor": [
         {"weight_decay": 0.1},
         {"beta2": 0.99, "beta1": 0.9, "clip_threshold": None},

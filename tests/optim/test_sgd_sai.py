@@ -141,12 +141,20 @@ def test_it_agrees_with_sgd_sai_where_that_is_right(capsys):
 
 
 def test_the_first_gradient_moves_weights_ten_times_as_far_as_the_same_gradient_later():
-    """Momentum begins with g itself and takes (1 - momentum) g of any later one, as in the authors' code."""
+    """Momentum begins with g itself and takes (1 - momentum) g of any later one, as in the authors' code.
+
+    Where it begins with zero, all gradients weigh alike.
+    """
     grad = torch.randn(30, generator=torch.Generator().manual_seed(0))
     usual = (grad.norm() / grad.std()).item() * grad
-    for before, times in ((0, 10.0), (1, 1.0), (5, 1.0)):
+    for before, times, start in (
+        (0, 10.0, "gradient"),
+        (5, 1.0, "gradient"),
+        (0, 1.0, "zero"),
+        (5, 1.0, "zero"),
+    ):
         param = torch.nn.Parameter(torch.zeros(30))
-        optimizer = SGDSaI([param], lr=1.0, weight_decay=0.0)
+        optimizer = SGDSaI([param], lr=1.0, weight_decay=0.0, momentum_start=start)
         for number in range(before + 300):
             step(optimizer, param, grad if number == before else torch.zeros(30))
         torch.testing.assert_close(param.detach(), -times * usual, rtol=1e-4, atol=1e-5)

@@ -6,9 +6,11 @@ import torch
 
 
 class SGDSaIReference:
-    def __init__(self, params, *, lr, momentum=0.9, weight_decay=1e-2, gsnr="code"):
+    def __init__(
+        self, params, *, lr, momentum=0.9, weight_decay=1e-2, gsnr="code", momentum_start="gradient"
+    ):
         self.params, self.lr, self.mu, self.weight_decay, self.gsnr = params, lr, momentum, weight_decay, gsnr
-        self.m = [None] * len(params)
+        self.m = [torch.zeros_like(p) if momentum_start == "zero" else None for p in params]
         self.s = [None] * len(params)
 
     def step(self, grads):

@@ -28,12 +28,16 @@ class SGDSaI(LowMemOptimizer):
     Since the ratio is sqrt(numel) for a gradient with mean near zero, the largest one is taken as
     sqrt(numel) of the largest tensor, which is known before the first gradient.
 
+    `momentum_start`: with "gradient", as in the authors' package, the first gradient moves the weights
+    1 / (1 - momentum) times as far as a later one would; with "zero" m begins with 0, and it weighs as
+    much as any other. That needs no warm-up against it.
+
     Source: Xu et al., "No More Adam: Learning Rate Scaling at Initialization is All You Need",
     arXiv:2412.11768, algorithm 1. Differs from the authors' code (sgd-sai 1.0.3): s is taken at the
     first finite, non-zero gradient instead of at the first step, where LoRA's A has a zero gradient and
     would stay frozen for ever; s is part of the state and survives a resume; a tensor of one entry or
     of equal entries takes sqrt(numel), and s stays within [0.5, 4] sqrt(numel), where the code divides
-    by 1e-8; momentum 0 works; the closure is evaluated once.
+    by 1e-8; momentum 0 works; m may begin with 0; the closure is evaluated once.
     """
 
     algorithm = "sgd_sai"
@@ -46,6 +50,9 @@ class SGDSaI(LowMemOptimizer):
         momentum: Annotated[
             float, Range(at_least=0, below=1), "decay of the running gradient; 0 keeps none"
         ] = 0.9,
+        momentum_start: Annotated[
+            Literal["gradient", "zero"], "zero has the first gradient weigh as much as any other"
+        ] = "gradient",
         gsnr: Annotated[
             Literal["code", "paper"], "paper divides the ratios by the largest in the model"
         ] = "code",
@@ -57,6 +64,7 @@ class SGDSaI(LowMemOptimizer):
         settings = dict(
             lr=lr,
             momentum=momentum,
+            momentum_start=momentum_start,
             gsnr=gsnr,
             weight_decay=weight_decay,
             storage=storage,
@@ -68,7 +76,8 @@ class SGDSaI(LowMemOptimizer):
     @staticmethod
     def rule(group: dict[str, Any], shape: Shape) -> Rule:
         normalizer = math.sqrt(group.get("largest_numel", 1)) if group["gsnr"] == "paper" else 1.0
-        return SnrScaledMomentum(momentum=group["momentum"], normalizer=normalizer)
+        starts_whole = group["momentum_start"] == "gradient"
+        return SnrScaledMomentum(momentum=group["momentum"], normalizer=normalizer, starts_whole=starts_whole)
 
     @staticmethod
     def settle_groups(groups: list[dict[str, Any]]) -> None:

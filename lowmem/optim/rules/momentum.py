@@ -68,13 +68,20 @@ class Momentum(Rule):
 
 
 def add_to_momentum_(
-    b: Tensor, grad: Tensor, *, step: int, is_first: bool, momentum: float, dampening: float
+    b: Tensor,
+    grad: Tensor,
+    *,
+    step: int,
+    is_first: bool,
+    momentum: float,
+    dampening: float,
+    starts_whole: bool = True,
 ) -> Tensor:
     """b <- momentum b + (1 - dampening) g for the first gradient of a step, b + (1 - dampening) g for more of it.
 
-    In step 1 b is the gradient itself.
+    In step 1 b is the gradient itself, where it `starts_whole`.
     """
-    if step == 1:
+    if step == 1 and starts_whole:
         return b.copy_(grad) if is_first else b.add_(grad)
     if is_first:
         b.mul_(momentum)

@@ -22,7 +22,7 @@ class SnrScaledMomentum(Rule):
     """Momentum times a per-tensor constant, the g-SNR of the first usable gradient.
 
         s <- ||g||_2 / std(g)                        once: the first finite, non-zero gradient
-        m <- g                                       first step
+        m <- g                                       first step, where it `starts_whole`
         m <- momentum m + (1 - momentum) g           later
         U <- (s / normalizer) m
 
@@ -31,6 +31,7 @@ class SnrScaledMomentum(Rule):
 
     momentum: float = 0.9
     normalizer: float = 1.0
+    starts_whole: bool = True
 
     def slots(self, shape: Shape) -> dict[str, Slot]:
         ratio = {"gsnr": Slot((), "scalar")}
@@ -74,6 +75,7 @@ class SnrScaledMomentum(Rule):
             is_first=is_first,
             momentum=self.momentum,
             dampening=self.momentum,
+            starts_whole=self.starts_whole,
         )
         return {BUFFER: m}
 
