@@ -193,7 +193,14 @@ def prepare_run(recipe: Recipe, interrupt: Interrupt) -> Run:
         held = HeldBytes(trainer, PeakSoFar(watch, args.device))
         trainer.add_callback(held)
         writes = recipe.save.probe_at_start
-        trainer.once_divided = lambda: try_divided(trainer, room, say, total_steps, writes=writes)
+
+        def once_divided() -> None:
+            assert trainer.steps_in_pieces is not None
+            for line in trainer.steps_in_pieces.pieces.described_ways():
+                say(line)
+            try_divided(trainer, room, say, total_steps, writes=writes)
+
+        trainer.once_divided = once_divided
     elif is_main and recipe.save.probe_at_start and not is_trained_already:
         seconds = trainer.try_to_save(total_steps, in_small=saved_bytes > SAVED_WHOLE_ON_TRIAL_BYTES)
         say(trial_summary(seconds, saved_bytes + state_bytes))

@@ -47,7 +47,7 @@ def in_pieces(
     clips = "; max_grad_norm limits the norm of the whole gradients" if trainer.args.max_grad_norm else ""
     processes = trainer.args.world_size
     return steps, (
-        f"execution: {name} over {processes} processes; a matrix is stepped whole at one of them, all else in pieces"
+        f"execution: {name} over {processes} processes; what needs a whole matrix is stepped at one of them"
         f"{clips}"
     )
 

@@ -83,6 +83,12 @@ def trained(tmp_path_factory):
             assert done.returncode == 0, done.stderr[-3000:]
             assert done.stdout.count("a trial was written and read back") == 1
             assert done.stdout.count("data.train:") == 1, "one process speaks"
+            if name in ("fsdp2", "zero3"):
+                assert done.stdout.count("matrices stepped where their rows are: little is to be sent") == 1
+                assert (
+                    done.stdout.count("matrices stepped whole, each at one process: their rule needs all")
+                    == 1
+                )
         return folders[name]
 
     return folder_of

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -14,9 +13,6 @@ from lowmem.numerics.row_share import RowShare
 from lowmem.optim.rule import OnRows, Rule, Shape
 from lowmem.run.layouts.exchange import device_to_talk_on
 from lowmem.run.layouts.pieces import Piece
-
-log = logging.getLogger("lowmem")
-
 
 MOST_REPEATED = 4
 """State that every process has is at most this part of its share of a matrix."""
@@ -38,19 +34,17 @@ def way_of(piece: Piece, rule: Rule) -> Way:
     """
     processes = len(piece.ranges)
     if len(piece.holders) == 1:
-        return Way(None, "one process has all of it")
+        return Way(None, "it has all of them")
     if not has_whole_rows(piece):
-        return Way(None, "its rows are cut, or a process has none")
+        return Way(None, "rows are cut, or a process has none")
     found = rule.on_rows(piece.shape)
     if found is None:
-        return Way(None, "its rule needs all of it at once")
+        return Way(None, "their rule needs all rows at once")
     added = found.summed + (piece.numel / found.whole_every if found.whole_every else 0)
     if 2 * added * processes > 3 * piece.numel:
-        return Way(None, "to add up what its rows need would send more")
+        return Way(None, "to add up what rows need would send more")
     if MOST_REPEATED * found.repeated * processes > piece.numel:
-        return Way(
-            None, "state that every process would have is more than a quarter of its share of the matrix"
-        )
+        return Way(None, "state that every process would have is more than a quarter of its share")
     return Way(found, "little is to be sent")
 
 
@@ -95,10 +89,12 @@ class DividedRows(RowShare):
         return x if sent is x else x.copy_(sent)
 
 
-def log_ways(ways: Iterable[Way]) -> None:
-    """How many matrices go which way, and why."""
-    for way, count in Counter(each.reason for each in ways if each.on_rows is None).items():
-        log.info("%d matrices are updated whole, each at one process: %s", count, way)
-    count = sum(each.on_rows is not None for each in ways)
-    if count:
-        log.info("%d matrices are updated where their rows are: %s", count, "little is to be sent")
+def described_ways(ways: Iterable[Way]) -> list[str]:
+    """How many parameters of rules for matrices go which way, and why, a line each."""
+    lines = []
+    for (is_by_rows, reason), count in Counter(
+        (each.on_rows is not None, each.reason) for each in ways
+    ).items():
+        how = "stepped where their rows are" if is_by_rows else "stepped whole, each at one process"
+        lines.append(f"{count} matrices {how}: {reason}")
+    return lines

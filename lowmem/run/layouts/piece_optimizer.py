@@ -13,7 +13,14 @@ from lowmem.numerics.row_share import ALL_ROWS
 from lowmem.optim.engine import LowMemOptimizer
 from lowmem.optim.optimizer_state import STEPS
 from lowmem.optim.rule import Context, Rule
-from lowmem.run.layouts.by_rows import DividedRows, Way, asks_for_whole_gradients, log_ways, rows_at, way_of
+from lowmem.run.layouts.by_rows import (
+    DividedRows,
+    Way,
+    asks_for_whole_gradients,
+    described_ways,
+    rows_at,
+    way_of,
+)
 from lowmem.run.layouts.exchange import Exchange, batches_of, device_to_talk_on
 from lowmem.run.layouts.pieces import Layout, Piece, owners_of, refuse_gaps
 
@@ -97,7 +104,6 @@ class PieceOptimizer(LowMemOptimizer):
                 rule = self.rule_of(param, settings)
                 if rule.scope == "matrix":
                     self._ways[param] = way_of(self._pieces[param], rule)
-        log_ways(self._ways.values())
         for param, way in self._ways.items():
             if way.on_rows is not None:
                 piece = self._pieces[param]
@@ -122,6 +128,10 @@ class PieceOptimizer(LowMemOptimizer):
 
     def piece_of(self, param: Tensor) -> Piece:
         return self._pieces[param]
+
+    def described_ways(self) -> list[str]:
+        """How many matrices are updated which way, and why, a line each."""
+        return described_ways(self._ways.values())
 
     def by_rows(self) -> list[str]:
         """Names of the matrices that are updated by rows."""
