@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from tests.hf.model_folders import WEIGHTS, edit_weights, llama_folder, load, problem
@@ -79,6 +79,36 @@ def test_a_causal_model_whose_configuration_does_not_say_decoder_is_accepted(tmp
     assert config.is_decoder is False
     transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
     assert isinstance(load(tmp_path), transformers.GPTNeoXForCausalLM)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux' account of memory")
+@pytest.mark.parametrize(("dtype", "copied"), [("float32", 0.0), ("bfloat16", 0.5)])
+def test_files_in_the_dtype_of_the_recipe_are_mapped_so_that_processes_share_their_memory(
+    tmp_path: Path, dtype: str, copied: float
+) -> None:
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=1024,
+            intermediate_size=2048,
+            num_hidden_layers=2,
+            num_attention_heads=8,
+        )
+    )
+    model.save_pretrained(tmp_path / "wide")
+    nbytes = 4 * sum(param.numel() for param in model.parameters())
+    before = own_bytes()
+    loaded = load(tmp_path / "wide", dtype=dtype)
+    assert abs(own_bytes() - before - copied * nbytes) < 0.2 * nbytes
+    assert sum(param.numel() for param in loaded.parameters()) == nbytes // 4
+
+
+def own_bytes() -> int:
+    """Memory of this process that no other shares, files apart."""
+    [line] = [
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")
+    ]
+    return 1024 * int(line.split()[1])
 
 
 def test_weights_that_do_not_belong_to_the_model_are_left_out_with_a_warning(
