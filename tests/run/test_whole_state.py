@@ -124,7 +124,10 @@ def kinds_of(saved) -> dict[int, dict[str, torch.dtype]]:
     return {index: {key: value.dtype for key, value in each.items()} for index, each in state.items()}
 
 
-@pytest.mark.parametrize(("world", "case"), [each for each in PAIRS if each.values[1] not in TURNS])
+WITHOUT_TURNS = [each for each in PAIRS if each.values[1] not in TURNS and each.values[1][0] != "block_adam"]
+
+
+@pytest.mark.parametrize(("world", "case"), WITHOUT_TURNS)
 def test_before_the_first_step_a_process_knows_what_it_will_save(ranks_of, world, case):
     for found in ranks_of(world):
         small, saved = found[str(case)]["small"], found[str(case)]["saved"]
