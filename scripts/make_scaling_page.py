@@ -96,7 +96,7 @@ what a process holds and sends when 8, 64, 512 or 1024 of them, one a GPU, train
 - **Sending for matrices fades beside the strategy.** With equal pieces it is 3 m n (W - 1) / W^2 values of a matrix, once a
   step, while FSDP2 and ZeRO-3 send about three times all values in every micro-batch. Under ZeRO-1 only what lies across a
   border travels. An owner of a large matrix sends that back whole, which is the most that a process sends with many of them.
-  Not counted are refreshes by rows, for which every process has the whole gradient, and sgd_sai's first step likewise.
+  Not counted are refreshes by rows, for which every process has the whole gradient.
 - **ZeRO-1 and DDP keep all weights, and ZeRO-1 all gradients, in every process**, whatever W is: GIB_70B GiB of weights alone
   for 70B.
 - **DDP is where projected gradients help**: galore and q_galore keep and average projections there (whole gradients in a step

@@ -108,10 +108,9 @@ class _Updates:
             self._known[key] = update_bytes(
                 own.algorithm, own.settings, shape, self._itemsize, on_cuda=self._on_cuda
             )
-            asks_for_whole = division.on_rows is not None and division.on_rows.whole_every
             if (
-                own.algorithm == "sgd_sai" or asks_for_whole
-            ):  # a ratio once, or a basis, of the whole gradient
+                division.on_rows is not None and division.on_rows.whole_every
+            ):  # a basis, from the whole gradient
                 self._known[key] += division.numel * self._itemsize
         return self._known[key]
 

@@ -21,7 +21,7 @@ class RowShare:
         return x
 
     def of_all(self, rows: int) -> int:
-        """How many rows the whole matrix has, of which `rows` are here."""
+        """How many rows the whole matrix has, of which `rows` are here; of a share of values, how many values."""
         return rows
 
 

@@ -236,7 +236,11 @@ class Rule:
     """False where there is nothing to do with a gradient, so that none need be made."""
 
     refreshes_from_gradient: ClassVar[bool] = True
-    """Whether `refresh` asks for more of the gradient than its shape."""
+    """Whether `refresh` asks for the whole gradient, rather than for its shape or for sums."""
+
+    sums_in_refresh: ClassVar[int] = 0
+    """How many float64 numbers `refresh` adds up by one `ctx.share.sum_`, each time and before all else, over all who
+    have a piece of the parameter."""
 
     def on_rows(self, shape: Shape) -> OnRows | None:
         """How rows of a matrix of `shape` (m, n) are updated apart from each other; None where all are needed."""

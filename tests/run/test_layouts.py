@@ -97,6 +97,11 @@ def trained_in_rows(case, stop: int = STEPS, **shape) -> tuple[list[torch.Tensor
         "sent": pieces.sent,
         "summed": pieces.summed,
         "kept by rows": kept,
+        "gsnr": [
+            float(state["gsnr"]) if "gsnr" in (state := pieces.state[param]) else None
+            for group in pieces.param_groups
+            for param in group["params"]
+        ],
         "declared": pieces.state_bytes(),
     }
 
@@ -246,6 +251,21 @@ def test_matrices_travel_once_to_their_owners_and_back_or_sums_of_their_columns_
         assert counted["summed"] == STEPS * iterations * COLUMNS
     adamw = str(OF_EACH["adamw"][0])
     assert [counted["sent"] for _, counted in (found[adamw] for found in ranks)] == [0, 0]
+
+
+def test_the_ratio_of_a_tensor_is_that_of_its_whole_first_gradient_also_where_a_process_has_none_of_it(three):
+    """Four rows of three processes are 2, 2 and none."""
+    case, shape = OF_THREE["sgd_sai 4 wide"]
+    model = net(**shape)
+    optimizer = optimizer_for(case, model)
+    train(model, optimizer, batches(1, 1, rows=3))
+    alone = [optimizer.state[param]["gsnr"] for group in optimizer.param_groups for param in group["params"]]
+    for found in three:
+        ratios = found["sgd_sai 4 wide"][1]["gsnr"]
+        assert len(ratios) == len(alone)
+        for ratio, expected in zip(ratios, alone, strict=True):
+            assert ratio is None or ratio == pytest.approx(expected.item(), rel=1e-5)
+    assert any(None in found["sgd_sai 4 wide"][1]["gsnr"] for found in three)
 
 
 def test_pieces_on_the_host_travel_on_a_device_that_the_processes_talk_on():

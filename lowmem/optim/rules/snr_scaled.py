@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ class SnrScaledMomentum(Rule):
     State: one tensor of the parameter's shape (none when momentum is 0) and one number.
     """
 
+    refreshes_from_gradient: ClassVar[bool] = False
+    sums_in_refresh: ClassVar[int] = 2
+
     momentum: float = 0.9
     normalizer: float = 1.0
     starts_whole: bool = True
@@ -45,13 +49,13 @@ class SnrScaledMomentum(Rule):
         return True
 
     def refresh(self, grad: Tensor, state: State, ctx: Context) -> dict[str, Tensor]:
+        total, squares = ctx.share.sum_(torch.stack(sum_and_squares(grad)))
         if self._has_ratio(state, ctx):
             return {}
-        total, squares = sum_and_squares(grad)
         if not ctx.ask(torch.isfinite(squares) & (squares > 0), assume=True):
             return {}
         ctx.remember("gsnr")
-        return {"gsnr": signal_to_noise(total, squares, grad.numel())}
+        return {"gsnr": signal_to_noise(total, squares, ctx.share.of_all(grad.numel()))}
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> tuple[Direction, dict[str, Tensor]]:
         if not self.momentum:

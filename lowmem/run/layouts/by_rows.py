@@ -61,13 +61,14 @@ def rows_at(piece: Piece, rank: int) -> Shape:
     return (piece.numel_at(rank) // piece.shape[1], piece.shape[1])
 
 
-def asks_for_whole_gradients(rule: Rule) -> bool:
-    """Whether it has to see all of a gradient now and then."""
-    return type(rule).refresh is not Rule.refresh and rule.refreshes_from_gradient
+def refreshes_together(rule: Rule) -> bool:
+    """Whether all processes take part in a refresh: it wants a whole gradient, or sums of one."""
+    is_refreshed = type(rule).refresh is not Rule.refresh
+    return is_refreshed and (rule.refreshes_from_gradient or rule.sums_in_refresh > 0)
 
 
 class DividedRows(RowShare):
-    """Rows of a matrix over the processes of `group`. `summed` counts the values that were added up here."""
+    """Rows of a matrix, or values, over the processes of `group`. `summed` counts what was added up here."""
 
     def __init__(self, rows: int, group: dist.ProcessGroup | None):
         self._rows, self._group = rows, group

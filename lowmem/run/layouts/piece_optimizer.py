@@ -16,8 +16,8 @@ from lowmem.optim.rule import Context, Rule
 from lowmem.run.layouts.by_rows import (
     DividedRows,
     Way,
-    asks_for_whole_gradients,
     described_ways,
+    refreshes_together,
     rows_at,
     way_of,
 )
@@ -59,7 +59,7 @@ class PieceOptimizer(LowMemOptimizer):
         self._ways: dict[Tensor, Way] = {}
         """Of each parameter whose rule is one for matrices."""
         self._shares: dict[Tensor, DividedRows] = {}
-        """Of those that are updated by rows."""
+        """Of those that are updated by rows, and of pieces whose rules add up sums of a gradient."""
         self.sent = 0
         """Values that this process has sent so far to owners and back."""
         self._number_of = {
@@ -75,7 +75,7 @@ class PieceOptimizer(LowMemOptimizer):
     @property
     def summed(self) -> int:
         """Values that were added up over all processes so far, in updates by rows."""
-        return sum(each.summed for each in self._shares.values())
+        return sum(each.summed for param, each in self._shares.items() if self._is_by_rows(param))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Settings were checked where the parameters were whole."""
@@ -104,6 +104,8 @@ class PieceOptimizer(LowMemOptimizer):
                 rule = self.rule_of(param, settings)
                 if rule.scope == "matrix":
                     self._ways[param] = way_of(self._pieces[param], rule)
+                elif rule.sums_in_refresh:
+                    self._shares[param] = DividedRows(self._pieces[param].numel, self._process_group)
         for param, way in self._ways.items():
             if way.on_rows is not None:
                 piece = self._pieces[param]
@@ -135,7 +137,7 @@ class PieceOptimizer(LowMemOptimizer):
 
     def by_rows(self) -> list[str]:
         """Names of the matrices that are updated by rows."""
-        return sorted(self._pieces[param].name for param in self._shares)
+        return sorted(self._pieces[param].name for param in self._ways if self._is_by_rows(param))
 
     def all_pieces(self) -> list[Piece]:
         """In the order of the groups."""
@@ -159,13 +161,16 @@ class PieceOptimizer(LowMemOptimizer):
     def _needs_whole(self, param: Tensor) -> bool:
         return param in self._ways and param not in self._shares
 
+    def _is_by_rows(self, param: Tensor) -> bool:
+        return param in self._ways and param in self._shares
+
     def whole_rule_of(self, param: Tensor, group: dict[str, Any]) -> Rule:
         """That of the parameter, were it whole."""
         return super().rule_of(param, group)
 
     def rule_of(self, param: Tensor, group: dict[str, Any]) -> Rule:
         rule = self.whole_rule_of(param, group)
-        if param not in self._shares:
+        if not self._is_by_rows(param):
             return rule
         found = rule.on_rows(self._pieces[param].shape)
         assert found is not None
@@ -230,7 +235,7 @@ class PieceOptimizer(LowMemOptimizer):
     def _step_pieces(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
         for param in params:
             piece = self._pieces[param]
-            shape = rows_at(piece, self.rank) if param in self._shares else (piece.numel_at(self.rank),)
+            shape = rows_at(piece, self.rank) if self._is_by_rows(param) else (piece.numel_at(self.rank),)
             param.data = piece.weight().view(shape)
             grad = piece.grad()
             param.grad = torch.zeros_like(param.data) if grad is None else grad.to(param.dtype).view(shape)
@@ -240,8 +245,11 @@ class PieceOptimizer(LowMemOptimizer):
             param.grad = None
 
     def _refresh_from_whole_gradients(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
-        """What a rule on pieces asks of the whole gradient now and then, every process finds out by itself."""
-        may = [param for param in params if asks_for_whole_gradients(self.rule_of(param, group))]
+        """What a rule on pieces asks of the whole gradient now and then, every process finds out by itself.
+
+        Of sums of it, those who have no values of a parameter give zeros.
+        """
+        may = [param for param in params if refreshes_together(self.rule_of(param, group))]
         if not may:
             return
         wants = [
@@ -253,6 +261,12 @@ class PieceOptimizer(LowMemOptimizer):
             if not wanted:
                 continue
             piece = self._pieces[param]
+            if count := self.rule_of(param, group).sums_in_refresh:
+                if param.numel():
+                    self.refresh_basis_(param, group)
+                else:
+                    self._shares[param].sum_(torch.zeros(count, dtype=torch.float64, device=param.device))
+                continue
             talks_on = device_to_talk_on(param.device, self._process_group)
             whole = param.new_zeros(piece.numel, device=talks_on)
             start, stop = piece.ranges[self.rank]
