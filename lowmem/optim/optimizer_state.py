@@ -103,7 +103,7 @@ class OptimizerState(torch.optim.Optimizer):
     def _with_whole_shapes(self, group: dict[str, Any]) -> dict[str, Any]:
         """Of a piece of a parameter nobody could tell whether it is a matrix."""
         shapes = [self._whole_shape(param) for param in group["params"]]
-        return {**group, "params": [torch.empty(shape, device="meta") for shape in shapes]}
+        return {**group, "params": [torch.empty((), device="meta").expand(shape) for shape in shapes]}
 
     def _count_step_of_turn(self, group: dict[str, Any], params: Iterable[Tensor]) -> None:
         """After a step: where a turn ends free all its state, before any of the next turn's is made."""
