@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowmem.numerics.tiles import largest_magnitude, sum_and_squares
-from lowmem.optim.projected_gradient import is_right_of, projected, wide
+from lowmem.optim.projected_gradient import is_right_of, projected, sides_of, wide
 from lowmem.optim.projections.projection import Projection
 from lowmem.optim.refresh import Refresh
 from lowmem.optim.rule import Context, Direction, Factors, OnRows, Rule, Scope, Shape, Slot, State
@@ -74,10 +74,7 @@ class LowRank(Rule):
 
     def _sides(self, shape: Shape) -> tuple[int, int]:
         """(m, n): the length of a basis vector, and the other side."""
-        rows, columns = shape[-2:]
-        if self.columns is not None:
-            return self.columns, rows
-        return min(rows, columns), max(rows, columns)
+        return sides_of(shape, self.columns)
 
     def recall(self, state: State, ctx: Context) -> None:
         if self.projection.always_fits or ctx.ask(state[BASIS].any(), assume=True):

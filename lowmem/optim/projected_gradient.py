@@ -24,6 +24,13 @@ def is_right_of(P: Tensor, shape: Shape) -> bool:
     return P.shape[-2] == shape[-1]
 
 
+def sides_of(shape: Shape, columns: int | None = None) -> tuple[int, int]:
+    """(m, n), the shorter side first; of some rows of a taller gradient its `columns`, which are given then."""
+    if columns is not None:
+        return columns, shape[-2]
+    return min(shape[-2:]), max(shape[-2:])
+
+
 def projected(
     grad: Tensor,  # (..., rows, columns)  any float dtype
     P: Tensor,  # (..., m, r)

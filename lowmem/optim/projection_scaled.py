@@ -12,7 +12,7 @@ from torch import Tensor
 from lowmem.optim.channel_scaling import lengthening, norms_of, scaled_row_makers
 from lowmem.optim.matrices import matrix_count
 from lowmem.optim.norm_growth import limited_growth
-from lowmem.optim.projected_gradient import projected
+from lowmem.optim.projected_gradient import projected, sides_of
 from lowmem.optim.refresh import Refresh
 from lowmem.optim.rule import Context, Direction, OnRows, RowBlocks, Rule, Scope, Shape, Slot, State
 
@@ -65,10 +65,7 @@ class ProjectionScaled(Rule):
 
     def _sides(self, shape: Shape) -> tuple[int, int]:
         """m and n."""
-        rows, columns = shape[-2:]
-        if self.columns is not None:
-            return self.columns, rows
-        return min(rows, columns), max(rows, columns)
+        return sides_of(shape, self.columns)
 
     def update(self, grad: Tensor, state: State, ctx: Context) -> tuple[Direction, dict[str, Tensor]]:
         phi, changed = self._factors(grad, state, ctx)

@@ -75,7 +75,7 @@ def _load_(
 ) -> None:
     pieces = optimizer if isinstance(optimizer, PieceOptimizer) else None
     rule = optimizer.rule_of(param, group)
-    is_by_rows = pieces is not None and name in pieces.by_rows()
+    is_by_rows = pieces is not None and pieces.is_by_rows(param)
     is_whole = rule.scope == "matrix" and not is_by_rows
     if pieces is not None and (not pieces.owns(param) if is_whole else not param.numel()):
         return

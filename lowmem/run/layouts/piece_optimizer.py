@@ -75,7 +75,7 @@ class PieceOptimizer(LowMemOptimizer):
     @property
     def summed(self) -> int:
         """Values that were added up over all processes so far, in updates by rows."""
-        return sum(each.summed for param, each in self._shares.items() if self._is_by_rows(param))
+        return sum(each.summed for param, each in self._shares.items() if self.is_by_rows(param))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Settings were checked where the parameters were whole."""
@@ -137,7 +137,7 @@ class PieceOptimizer(LowMemOptimizer):
 
     def by_rows(self) -> list[str]:
         """Names of the matrices that are updated by rows."""
-        return sorted(self._pieces[param].name for param in self._ways if self._is_by_rows(param))
+        return sorted(self._pieces[param].name for param in self._ways if self.is_by_rows(param))
 
     def all_pieces(self) -> list[Piece]:
         """In the order of the groups."""
@@ -161,7 +161,8 @@ class PieceOptimizer(LowMemOptimizer):
     def _needs_whole(self, param: Tensor) -> bool:
         return param in self._ways and param not in self._shares
 
-    def _is_by_rows(self, param: Tensor) -> bool:
+    def is_by_rows(self, param: Tensor) -> bool:
+        """Whether it is a matrix of which each process updates its rows."""
         return param in self._ways and param in self._shares
 
     def whole_rule_of(self, param: Tensor, group: dict[str, Any]) -> Rule:
@@ -170,7 +171,7 @@ class PieceOptimizer(LowMemOptimizer):
 
     def rule_of(self, param: Tensor, group: dict[str, Any]) -> Rule:
         rule = self.whole_rule_of(param, group)
-        if not self._is_by_rows(param):
+        if not self.is_by_rows(param):
             return rule
         found = rule.on_rows(self._pieces[param].shape)
         assert found is not None
@@ -235,7 +236,7 @@ class PieceOptimizer(LowMemOptimizer):
     def _step_pieces(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
         for param in params:
             piece = self._pieces[param]
-            shape = rows_at(piece, self.rank) if self._is_by_rows(param) else (piece.numel_at(self.rank),)
+            shape = rows_at(piece, self.rank) if self.is_by_rows(param) else (piece.numel_at(self.rank),)
             param.data = piece.weight().view(shape)
             grad = piece.grad()
             param.grad = torch.zeros_like(param.data) if grad is None else grad.to(param.dtype).view(shape)
